@@ -1,0 +1,22 @@
+"""metafast: meta-learning of Transformers, fast, exact and small in memory."""
+
+from metafast import inner
+from metafast.accelerate import accelerate
+from metafast.backend import BackendUnavailableError, build_info, use_backend
+from metafast.meta import MAML, Reptile
+from metafast.ops.attention import scaled_dot_product_attention
+from metafast.ops.task_update import task_update
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MAML",
+    "BackendUnavailableError",
+    "Reptile",
+    "accelerate",
+    "build_info",
+    "inner",
+    "scaled_dot_product_attention",
+    "task_update",
+    "use_backend",
+]

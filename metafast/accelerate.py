@@ -1,0 +1,163 @@
+"""Swaps metafast's attention into models that call ``torch.nn.functional.scaled_dot_product_attention``.
+
+The name is replaced where models look it up: in ``torch.nn.functional`` (which also catches ``nn.MultiheadAttention``
+and Hugging Face's ``sdpa``), and in the modules that define the model's classes, which may have imported it earlier. The
+replacement is on only in threads and models that asked for it; elsewhere it calls torch's own function. Names are put
+back when the last user leaves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+from collections.abc import Iterator
+from types import ModuleType, TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metafast.ops.attention import scaled_dot_product_attention
+
+__all__ = ["Acceleration", "accelerate"]
+
+_torch_attention = torch.nn.functional.scaled_dot_product_attention
+_lock = threading.Lock()
+# (module name, attribute) -> how many users have it replaced.
+_users: dict[tuple[str, str], int] = {}
+
+
+class _Depth(threading.local):
+    """How many enclosing contexts or model calls of this thread are accelerated."""
+
+    value = 0
+
+
+_depth = _Depth()
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    # Tensor subclasses (nested, distributed, user-defined) bring their own attention with torch's function.
+    if _depth.value == 0 or query.is_nested or torch.overrides.has_torch_function((query, key, value)):
+        return _torch_attention(query, key, value, *args, **kwargs)
+    return scaled_dot_product_attention(query, key, value, *args, **kwargs)
+
+
+Names = list[tuple[str, str]]
+
+
+def attention_names(model: nn.Module) -> Names:
+    """Where the model may look torch's function up: (module name, attribute)."""
+    found = [("torch.nn.functional", "scaled_dot_product_attention"), ("torch._C._nn", "scaled_dot_product_attention")]
+    modules = {cls.__module__ for module in model.modules() for cls in type(module).__mro__}
+    for name in sorted(modules - {"builtins", "torch.nn.functional"}):
+        module = sys.modules.get(name)
+        if isinstance(module, ModuleType):
+            found += [
+                (name, key) for key, value in vars(module).items() if value is _torch_attention or value is _attention
+            ]
+    return found
+
+
+def _replace(names: Names) -> None:
+    with _lock:
+        for name in names:
+            _users[name] = _users.get(name, 0) + 1
+            if _users[name] == 1:
+                setattr(sys.modules[name[0]], name[1], _attention)
+
+
+def _restore(names: Names) -> None:
+    with _lock:
+        for name in names:
+            _users[name] -= 1
+            if _users[name] == 0:
+                del _users[name]
+                setattr(sys.modules[name[0]], name[1], _torch_attention)
+
+
+class Acceleration:
+    """What :func:`accelerate` returns: undone by :meth:`remove`, or by leaving the ``with`` block."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._names = attention_names(model)
+        _replace(self._names)
+        self._hooks = []
+        for module in model.modules():
+            # torch's own leaves (linear, norm, embedding) call no attention; hooks on them would only cost time.
+            if isinstance(module, nn.MultiheadAttention) or _may_call_attention(module):
+                self._hooks += [
+                    module.register_forward_pre_hook(_enter),
+                    module.register_forward_hook(_leave, always_call=True),
+                ]
+        self._removed = False
+
+    def remove(self) -> None:
+        """Puts everything back; a second call does nothing."""
+        if self._removed:
+            return
+        self._removed = True
+        for hook in self._hooks:
+            hook.remove()
+        _restore(self._names)
+
+    def __enter__(self) -> Acceleration:
+        if self._removed:
+            raise RuntimeError("accelerate: this handle was removed; call accelerate(model) again")
+        _depth.value += 1
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        _depth.value -= 1
+        self.remove()
+
+
+def accelerate(model: nn.Module) -> Acceleration:
+    """Gives ``model`` an attention that can be differentiated twice, without changing it.
+
+    As a context manager, everything that this thread computes inside is accelerated::
+
+        with metafast.accelerate(model):
+            loss = model(x).sum()
+            grads = torch.autograd.grad(loss, params, create_graph=True)
+
+    As a handle, calls of the model and of its parts are, in every thread, until ``handle.remove()``. Both nest. Whether
+    the fused or the reference path runs is decided as for any op (see :class:`metafast.use_backend`).
+
+    Args:
+        model: any module that calls ``scaled_dot_product_attention``: directly, through ``nn.MultiheadAttention`` and
+            the ``nn.Transformer`` classes, or through Hugging Face's ``attn_implementation="sdpa"``.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    return Acceleration(model)
+
+
+@contextlib.contextmanager
+def accelerated_thread(names: Names) -> Iterator[None]:
+    """``with accelerate(model)`` for a caller that runs the model in this thread alone, without hooks on it."""
+    _replace(names)
+    _depth.value += 1
+    try:
+        yield
+    finally:
+        _depth.value -= 1
+        _restore(names)
+
+
+def _may_call_attention(module: nn.Module) -> bool:
+    return any(True for _ in module.children()) or not type(module).__module__.startswith("torch.nn.")
+
+
+def _enter(*_: Any) -> None:
+    _depth.value += 1
+
+
+def _leave(*_: Any) -> None:
+    _depth.value -= 1

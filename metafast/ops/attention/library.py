@@ -1,0 +1,119 @@
+"""The ops as torch's dispatcher knows them: schemas, shapes without data, kernels a device, first-order autograd.
+
+The CPU kernels register themselves when the extension loads (``csrc/cpu/attention.cpp``). The schemas are here and not
+in the extension, so that Triton's kernels need no compiled extension. Autograd is registered for ``torch.compile``,
+which cannot trace the Functions of ``autograd.py``; eager calls and ``torch.func`` go through those.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metafast.backend import constant_when_compiled, extension
+
+_library = torch.library.Library("metafast", "FRAGMENT")
+_MASK = "Tensor? attn_mask, bool is_causal, float scale"
+_INPUTS = "Tensor query, Tensor key, Tensor value"
+_SAVED = f"{_INPUTS}, Tensor out, Tensor lse"
+_TANGENTS = "Tensor tangent_query, Tensor tangent_key, Tensor tangent_value"
+
+for _schema in (
+    f"attention_forward({_INPUTS}, {_MASK}) -> (Tensor, Tensor)",
+    f"attention_backward(Tensor grad_out, {_SAVED}, {_MASK}) -> (Tensor, Tensor, Tensor)",
+    f"attention_jvp({_SAVED}, {_TANGENTS}, {_MASK}) -> Tensor",
+    f"attention_backward_jvp(Tensor grad_out, {_SAVED}, {_TANGENTS}, Tensor? tangent_grad_out, {_MASK})"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+):
+    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+@constant_when_compiled
+def load_kernels() -> bool:
+    """Makes the CPU kernels known to the dispatcher, where the extension loads; Triton's are registered below."""
+    return extension() is not None
+
+
+def _has_plain_rows(tensor: Tensor) -> bool:
+    return (tensor.shape[-1] == 1 or tensor.stride(-1) == 1) and (
+        tensor.shape[-2] == 1 or tensor.stride(-2) >= tensor.shape[-1]
+    )
+
+
+def _output_like(tensor: Tensor, columns: int | None = None) -> Tensor:
+    """Shape, dtype and memory order of a kernel's output, as ``output_like`` in csrc/cpu/attention.cpp."""
+    columns = tensor.shape[-1] if columns is None else columns
+    if tensor.shape[-1] == columns:
+        output = torch.empty_like(tensor if _has_plain_rows(tensor) else tensor.contiguous())
+        if _has_plain_rows(output):
+            return output
+    return tensor.new_empty((*tensor.shape[:-1], columns))
+
+
+@torch.library.register_fake("metafast::attention_forward", lib=_library)
+def _(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    statistic = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return _output_like(query, value.shape[-1]), query.new_empty(query.shape[:-1], dtype=statistic)
+
+
+@torch.library.register_fake("metafast::attention_backward", lib=_library)
+def _(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _output_like(query), _output_like(key), _output_like(value)
+
+
+@torch.library.register_fake("metafast::attention_jvp", lib=_library)
+def _(query: Tensor, key: Tensor, value: Tensor, out: Tensor, *rest: Any) -> Tensor:
+    return _output_like(out)
+
+
+@torch.library.register_fake("metafast::attention_backward_jvp", lib=_library)
+def _(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _output_like(out), _output_like(query), _output_like(key), _output_like(value)
+
+
+@torch.library.impl(_library, "attention_forward", "CUDA")
+def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+    from metafast.ops.attention import triton
+
+    return triton.forward(*arguments)
+
+
+@torch.library.impl(_library, "attention_backward", "CUDA")
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from metafast.ops.attention import triton
+
+    return triton.backward(*arguments)
+
+
+@torch.library.impl(_library, "attention_jvp", "CUDA")
+def _(*arguments: Any) -> Tensor:
+    from metafast.ops.attention import triton
+
+    return triton.jvp(*arguments)[0]
+
+
+@torch.library.impl(_library, "attention_backward_jvp", "CUDA")
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from metafast.ops.attention import triton
+
+    return triton.backward_jvp(*arguments)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, attn_mask, ctx.is_causal, ctx.scale = inputs
+    ctx.save_for_backward(query, key, value, *output, attn_mask)
+
+
+def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    *saved, attn_mask = ctx.saved_tensors
+    grads = torch.ops.metafast.attention_backward(grad_out, *saved, attn_mask, ctx.is_causal, ctx.scale)
+    return (*grads, None, None, None)
+
+
+torch.library.register_autograd("metafast::attention_forward", _backward, setup_context=_setup_context, lib=_library)

@@ -1,0 +1,115 @@
+"""What attention accepts, and why the fused path cannot take a call that is otherwise valid."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from metafast.backend import extension_problem, triton_problem
+
+FUSED_DTYPES = {
+    "cpu": (torch.float32, torch.float64),
+    "cuda": (torch.float16, torch.bfloat16, torch.float32),
+}
+# The Triton kernels hold a whole head dimension in registers.
+MAX_CUDA_HEAD_DIM = 256
+
+
+def check_arguments(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    enable_gqa: bool,
+) -> None:
+    """Raises TypeError or ValueError, naming the argument, what was expected and what came."""
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        if tensor.ndim < 2:
+            raise ValueError(
+                f"{name}: expected at least 2 dimensions [..., length, head_dim], got shape {_shape(tensor)}"
+            )
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
+        if tensor.dtype != query.dtype:
+            raise TypeError(f"{name}: expected query's dtype {query.dtype}, got {tensor.dtype}")
+        if tensor.device != query.device:
+            raise ValueError(f"{name}: expected query's device {query.device}, got {tensor.device}")
+        if tensor.ndim != query.ndim:
+            raise ValueError(f"{name}: expected query's {query.ndim} dimensions, got shape {_shape(tensor)}")
+    if query.shape[-1] == 0:
+        raise ValueError(f"query: expected a head dimension of at least 1, got shape {_shape(query)}")
+    if key.shape[-1] != query.shape[-1]:
+        raise ValueError(f"key: expected query's head dimension {query.shape[-1]}, got shape {_shape(key)}")
+    if value.shape[-2] != key.shape[-2]:
+        raise ValueError(f"value: expected key's length {key.shape[-2]}, got shape {_shape(value)}")
+    if query.ndim > 2:
+        _check_heads(query, key, value, enable_gqa)
+    if attn_mask is not None:
+        _check_mask(query, key, attn_mask)
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p: expected a probability in [0, 1), got {dropout_p}")
+
+
+def _check_heads(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
+    for name, tensor in (("key", key), ("value", value)):
+        try:
+            torch.broadcast_shapes(query.shape[:-3], tensor.shape[:-3])
+        except RuntimeError:
+            raise ValueError(
+                f"{name}: expected leading dimensions that broadcast with query's {_shape(query)}, got {_shape(tensor)}"
+            ) from None
+    heads, key_heads = query.shape[-3], key.shape[-3]
+    if value.shape[-3] != key_heads:
+        raise ValueError(f"value: expected key's {key_heads} heads (dimension -3), got shape {_shape(value)}")
+    if heads == key_heads:
+        return
+    if not enable_gqa:
+        raise ValueError(
+            f"key: expected query's {heads} heads (dimension -3) unless enable_gqa=True, got shape {_shape(key)}"
+        )
+    if key_heads == 0 or heads % key_heads:
+        raise ValueError(f"key: expected a number of heads that divides query's {heads}, got shape {_shape(key)}")
+
+
+def _check_mask(query: Tensor, key: Tensor, attn_mask: Tensor) -> None:
+    if not isinstance(attn_mask, Tensor):
+        raise TypeError(f"attn_mask: expected a tensor or None, got {type(attn_mask).__name__}")
+    if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
+        raise TypeError(f"attn_mask: expected dtype torch.bool or a floating dtype, got {attn_mask.dtype}")
+    if attn_mask.device != query.device:
+        raise ValueError(f"attn_mask: expected query's device {query.device}, got {attn_mask.device}")
+    lead = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3])
+    full = (*lead, *query.shape[-3:-1], key.shape[-2])
+    try:
+        fits = torch.broadcast_shapes(attn_mask.shape, full) == torch.Size(full)
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(f"attn_mask: expected a shape that broadcasts to {full}, got {_shape(attn_mask)}")
+
+
+def reasons_against_fused(query: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float) -> list[str]:
+    """Every reason why the fused kernels cannot serve this call; empty where they can."""
+    reasons = []
+    device = query.device.type
+    if device not in FUSED_DTYPES:
+        return [f"no kernels for device {device!r}"]
+    if query.dtype not in FUSED_DTYPES[device]:
+        reasons.append(f"no {device} kernel for {query.dtype}")
+    problem = extension_problem() if device == "cpu" else triton_problem()
+    if problem is not None:
+        reasons.append(problem)
+    if device == "cuda" and max(query.shape[-1], value.shape[-1]) > MAX_CUDA_HEAD_DIM:
+        reasons.append(f"head dimensions over {MAX_CUDA_HEAD_DIM}")
+    if dropout_p > 0.0:
+        reasons.append("dropout")
+    if attn_mask is not None and attn_mask.requires_grad:
+        reasons.append("attn_mask requires a gradient")
+    return reasons
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)

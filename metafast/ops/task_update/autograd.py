@@ -1,0 +1,192 @@
+"""Derivatives of the fused update.
+
+The first derivative is a kernel. Derivatives of that, and tangents, are rare (no first- or second-order algorithm takes
+them of the update): where a rule is linear in its tensors they are the kernels again, else they are those of the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metafast.inner import Rule
+from metafast.ops.task_update import library, reference
+
+__all__ = ["update"]
+
+Group = Sequence[Tensor]
+Tensors = tuple[Tensor, ...]
+
+
+def update(rule: Rule, groups: Sequence[Group]) -> tuple[list[Tensor], ...]:
+    """``library.update``, differentiable."""
+    params, grads = groups[0], groups[1]
+    layout = _Layout(
+        rule=rule,
+        sizes=tuple(len(group) for group in groups),
+        shared=tuple(param.dim() < grad.dim() for param, grad in zip(params, grads, strict=True)),
+    )
+    flat = _Update.apply(layout, *(tensor for group in groups for tensor in group))
+    return layout.split_results(flat)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How the tensors of a call lie in the flat argument lists that autograd wants."""
+
+    rule: Rule
+    sizes: tuple[int, ...]  # of the groups: parameters, gradients, state by state, rate by rate
+    shared: tuple[bool, ...]
+
+    def split(self, flat: Sequence[Tensor]) -> tuple[list[Tensor], ...]:
+        return _split(flat, self.sizes)
+
+    def split_results(self, flat: Sequence[Tensor]) -> tuple[list[Tensor], ...]:
+        states = len(self.shared) if self.rule.keeps_state else 0
+        return _split(flat, [len(self.shared), *(states for _ in self.rule.state_names)])
+
+    @property
+    def results(self) -> int:
+        """How many tensors the update returns."""
+        return len(self.shared) * (1 + len(self.rule.state_names) * self.rule.keeps_state)
+
+    @property
+    def first(self) -> bool:
+        return self.sizes[2] == 0
+
+    @property
+    def linear(self) -> bool:
+        """Whether the update is linear in the tensors: every rate is a number."""
+        return not any(self.sizes[-len(self.rule.rate_names) :])
+
+    def reference(self, *flat: Tensor) -> Tensors:
+        return _join(reference.update(self.rule, self.split(flat)))
+
+    def reference_vjp(self, *flat: Tensor) -> Tensors:
+        """Of the flat arguments of ``_Vjp``: cotangents, then the tensors of the update."""
+        return _vjp(self.reference, flat[self.results :], flat[: self.results])
+
+
+class _Update(torch.autograd.Function):
+    @staticmethod
+    def forward(layout: _Layout, *flat: Tensor) -> Tensors:
+        return _join(library.update(layout.rule, layout.split(flat)))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
+        ctx.layout, *flat = inputs
+        if not ctx.layout.linear:
+            ctx.save_for_backward(*flat)
+        ctx.save_for_forward(*flat)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        layout: _Layout = ctx.layout
+        saved = () if layout.linear else ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return None, *_Vjp.apply(layout, *cotangents, *saved)
+        needed = [any(group) for group in layout.split(ctx.needs_input_grad[1:])]
+        products = zip(_native_vjp(layout, cotangents, saved, needed), layout.sizes, strict=True)
+        return None, *(product for group, size in products for product in group or [None] * size)
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Tensors:
+        layout: _Layout = ctx.layout
+        primals = ctx.saved_tensors
+        directions = _materialised(tangents, primals)
+        if layout.linear:
+            return _Update.apply(layout, *directions)
+        return _jvp(layout.reference, primals, directions)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], layout: _Layout, *flat: Tensor) -> tuple[Tensors, int]:
+        return _vmap(_Update, info.batch_size, in_dims[1:], layout, flat)
+
+
+class _Vjp(torch.autograd.Function):
+    """The vector-Jacobian product as a function of the cotangents and, where the update is not linear, its tensors."""
+
+    @staticmethod
+    def forward(layout: _Layout, *flat: Tensor) -> Tensors:
+        count = layout.results
+        return _join(_native_vjp(layout, flat[:count], flat[count:], [size > 0 for size in layout.sizes]))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
+        ctx.layout, *flat = inputs
+        if not ctx.layout.linear:
+            ctx.save_for_backward(*flat)
+        ctx.save_for_forward(*flat)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        layout: _Layout = ctx.layout
+        if layout.linear:
+            return None, *_Update.apply(layout, *cotangents)
+        return None, *_vjp(layout.reference_vjp, ctx.saved_tensors, cotangents)
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Tensors:
+        layout: _Layout = ctx.layout
+        primals = ctx.saved_tensors
+        directions = _materialised(tangents, primals)
+        if layout.linear:
+            return _Vjp.apply(layout, *directions)
+        return _jvp(layout.reference_vjp, primals, directions)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], layout: _Layout, *flat: Tensor) -> tuple[Tensors, int]:
+        return _vmap(_Vjp, info.batch_size, in_dims[1:], layout, flat)
+
+
+def _native_vjp(layout: _Layout, cotangents: Tensors, saved: Tensors, needed: list[bool]) -> tuple[list[Tensor], ...]:
+    groups = layout.split(saved) if saved else ([],) * len(layout.sizes)
+    return library.vjp(layout.rule, layout.split_results(cotangents), groups, layout.first, layout.shared, needed)
+
+
+def _vjp(function: Callable[..., Tensors], primals: Tensors, cotangents: Tensors) -> Tensors:
+    _, pullback = torch.func.vjp(function, *primals)
+    return pullback(cotangents)
+
+
+def _jvp(function: Callable[..., Tensors], primals: Tensors, tangents: Tensors) -> Tensors:
+    # Reverse mode twice: forward mode cannot be entered from within a Function's jvp. The pullback is linear in the
+    # cotangents, so where it is differentiated does not matter.
+    values = function(*primals)
+    zeros = tuple(torch.zeros_like(value) for value in values)
+    return _vjp(lambda *cotangents: _vjp(function, primals, cotangents), zeros, tangents)
+
+
+def _vmap(
+    function: type[torch.autograd.Function], size: int, in_dims: Sequence[int | None], layout: _Layout, flat: Tensors
+) -> tuple[Tensors, int]:
+    # One call for each index: rates and sums over tasks would otherwise need a second batch dimension in the kernels.
+    calls = [
+        function.apply(
+            layout,
+            *(tensor if dim is None else tensor.select(dim, index) for tensor, dim in zip(flat, in_dims, strict=True)),
+        )
+        for index in range(size)
+    ]
+    return tuple(torch.stack(results) for results in zip(*calls, strict=True)), 0
+
+
+def _materialised(tangents: Sequence[Tensor | None], primals: Tensors) -> Tensors:
+    pairs = zip(tangents, primals, strict=True)
+    return tuple(torch.zeros_like(primal) if tangent is None else tangent for tangent, primal in pairs)
+
+
+def _split(flat: Sequence[Any], sizes: Sequence[int]) -> tuple[list[Any], ...]:
+    groups, begin = [], 0
+    for size in sizes:
+        groups.append(list(flat[begin : begin + size]))
+        begin += size
+    return tuple(groups)
+
+
+def _join(groups: Sequence[Group]) -> Tensors:
+    return tuple(tensor for group in groups for tensor in group)
