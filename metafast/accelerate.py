@@ -1,9 +1,9 @@
-"""Swaps metafast's attention into models that call ``torch.nn.functional.scaled_dot_product_attention``.
+"""Swaps metafast's ops into models that call torch's.
 
-The name is replaced where models look it up: in ``torch.nn.functional`` (which also catches ``nn.MultiheadAttention``
-and Hugging Face's ``sdpa``), and in the modules that define the model's classes, which may have imported it earlier. The
-replacement is on only in threads and models that asked for it; elsewhere it calls torch's own function. Names are put
-back when the last user leaves.
+The names are replaced where models look them up: in ``torch.nn.functional`` (which also catches ``nn.Linear``,
+``nn.MultiheadAttention`` and Hugging Face's ``sdpa``), and in the modules that define the model's classes, which may have
+imported them earlier. A replacement is on only in threads and models that asked for it; elsewhere it calls torch's own
+function. Names are put back when the last user leaves.
 """
 
 from __future__ import annotations
@@ -11,21 +11,23 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
-from collections.abc import Iterator
-from types import ModuleType, TracebackType
+from collections.abc import Callable, Iterator
+from types import BuiltinFunctionType, FunctionType, ModuleType, TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from metafast.ops.attention import scaled_dot_product_attention
+from metafast.ops.linear import linear
 
 __all__ = ["Acceleration", "accelerate"]
 
 _torch_attention = torch.nn.functional.scaled_dot_product_attention
+_torch_linear = torch.nn.functional.linear
 _lock = threading.Lock()
-# (module name, attribute) -> how many users have it replaced.
-_users: dict[tuple[str, str], int] = {}
+# Where a name is replaced -> how many users want it so.
+_users: dict[tuple[str, str, Callable[..., Tensor]], int] = {}
 
 
 class _Depth(threading.local):
@@ -44,19 +46,34 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: 
     return scaled_dot_product_attention(query, key, value, *args, **kwargs)
 
 
-Names = list[tuple[str, str]]
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if _depth.value == 0 or input.is_nested or torch.overrides.has_torch_function((input, weight)):
+        return _torch_linear(input, weight, bias)
+    return linear(input, weight, bias)
 
 
-def attention_names(model: nn.Module) -> Names:
-    """Where the model may look torch's function up: (module name, attribute)."""
-    found = [("torch.nn.functional", "scaled_dot_product_attention"), ("torch._C._nn", "scaled_dot_product_attention")]
+# Torch's functions, and what stands in for them; by identity, since builtins of the same name are equal to nothing else.
+_REPLACEMENTS: dict[Callable[..., Tensor], Callable[..., Tensor]] = {
+    _torch_attention: _attention,
+    _torch_linear: _linear,
+}
+_ORIGINALS = {replacement: original for original, replacement in _REPLACEMENTS.items()}
+
+# (module name, attribute, torch's function).
+Names = list[tuple[str, str, Callable[..., Tensor]]]
+
+
+def replaced_names(model: nn.Module) -> Names:
+    """Where the model may look torch's functions up."""
     modules = {cls.__module__ for module in model.modules() for cls in type(module).__mro__}
-    for name in sorted(modules - {"builtins", "torch.nn.functional"}):
+    found: Names = []
+    for name in sorted(modules | {"torch.nn.functional", "torch._C._nn"}):
         module = sys.modules.get(name)
-        if isinstance(module, ModuleType):
-            found += [
-                (name, key) for key, value in vars(module).items() if value is _torch_attention or value is _attention
-            ]
+        for key, value in vars(module).items() if isinstance(module, ModuleType) else ():
+            if isinstance(value, (BuiltinFunctionType, FunctionType)):
+                original = _ORIGINALS.get(value, value)
+                if original in _REPLACEMENTS:
+                    found.append((name, key, original))
     return found
 
 
@@ -65,7 +82,7 @@ def _replace(names: Names) -> None:
         for name in names:
             _users[name] = _users.get(name, 0) + 1
             if _users[name] == 1:
-                setattr(sys.modules[name[0]], name[1], _attention)
+                setattr(sys.modules[name[0]], name[1], _REPLACEMENTS[name[2]])
 
 
 def _restore(names: Names) -> None:
@@ -74,14 +91,14 @@ def _restore(names: Names) -> None:
             _users[name] -= 1
             if _users[name] == 0:
                 del _users[name]
-                setattr(sys.modules[name[0]], name[1], _torch_attention)
+                setattr(sys.modules[name[0]], name[1], name[2])
 
 
 class Acceleration:
     """What :func:`accelerate` returns: undone by :meth:`remove`, or by leaving the ``with`` block."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._names = attention_names(model)
+        self._names = replaced_names(model)
         _replace(self._names)
         self._hooks = []
         for module in model.modules():

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.utils import _pytree as pytree
 
-from metafast.accelerate import accelerated_thread, attention_names
+from metafast.accelerate import accelerated_thread, replaced_names
 
 logger = logging.getLogger("metafast")
 
@@ -90,7 +90,7 @@ class TaskLosses:
             )
         self._loss = _Loss(model, loss_fn)
         self._batching = task_batching
-        self._names = attention_names(model)
+        self._names = replaced_names(model)
 
     def __call__(self, params: Params, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Losses ``[T]`` and metrics ``[T, ...]`` at parameters ``[T, *shape]`` of the model's names."""
@@ -141,7 +141,7 @@ class Learners:
         expected = next(iter(self.params.values())).shape[0] if self.params else tasks
         if tasks != expected:
             raise ValueError(f"inputs: expected {expected} tasks, as many as were adapted to, got {tasks}")
-        with accelerated_thread(attention_names(self._model)):
+        with accelerated_thread(replaced_names(self._model)):
             return vmap(lambda params, args: functional_call(self._model, params, args), randomness="different")(
                 self.params, inputs
             )
