@@ -3,6 +3,7 @@
 from metafast import inner
 from metafast.accelerate import accelerate
 from metafast.backend import BackendUnavailableError, build_info, use_backend
+from metafast.check import Report, check
 from metafast.meta import MAML, Reptile
 from metafast.ops.attention import scaled_dot_product_attention
 from metafast.ops.task_update import task_update
@@ -12,9 +13,11 @@ __version__ = "0.1.0"
 __all__ = [
     "MAML",
     "BackendUnavailableError",
+    "Report",
     "Reptile",
     "accelerate",
     "build_info",
+    "check",
     "inner",
     "scaled_dot_product_attention",
     "task_update",

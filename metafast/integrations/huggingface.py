@@ -1,0 +1,116 @@
+"""``attn_implementation="metafast"`` for Hugging Face transformers 4.53 and later.
+
+    metafast.integrations.huggingface.register()
+    model = AutoModel.from_pretrained(name, attn_implementation="metafast")
+
+Attention is :func:`metafast.scaled_dot_product_attention`: exact to second order, grouped heads without expanding keys and
+values, and batched over tasks. The mask is made without looking at its values, which ``torch.func.vmap`` does not allow:
+transformers' own mask code asks whether anything is padded at all.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metafast.ops.attention import scaled_dot_product_attention
+
+__all__ = ["register"]
+
+NAME = "metafast"
+
+
+def register() -> None:
+    """Registers attention and mask under ``"metafast"``. A second call does nothing new.
+
+    Raises:
+        ImportError: transformers is missing or older than 4.53.
+    """
+    try:
+        from transformers import AttentionInterface, AttentionMaskInterface
+    except ImportError as error:
+        raise ImportError(f"metafast.integrations.huggingface: expected transformers >= 4.53 ({error})") from error
+
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, mask)
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What a model's attention module calls; ``query [B, Hq, Nq, D]``, ``key`` and ``value [B, Hk, Nk, D]``.
+
+    Returns:
+        ``[B, Nq, Hq, D]`` and, in the place of attention weights, None.
+
+    Raises:
+        ValueError: the model asks for what this attention does not do (``softcap``, sink tokens).
+    """
+    for option in ("softcap", "s_aux"):
+        if kwargs.get(option) is not None:
+            raise ValueError(f"{option}: not supported by the attention implementation {NAME!r}; use 'eager'")
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    # With a mask, causality is in it; a single query is the last token of a decoder and sees everything before it.
+    is_causal = bool(is_causal) and attention_mask is None and query.shape[-2] > 1
+    if position_bias is not None:
+        attention_mask = _biased(position_bias, attention_mask, query.dtype)
+    out = scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attention_mask,
+        dropout_p=dropout,
+        is_causal=is_causal,
+        scale=scaling,
+        enable_gqa=key.shape[-3] != query.shape[-3],
+    )
+    return out.transpose(-2, -3).contiguous(), None
+
+
+def mask(
+    batch_size: int,
+    q_length: Any,
+    kv_length: int,
+    *args: Any,
+    attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
+    **kwargs: Any,
+) -> Tensor | None:
+    """transformers' boolean mask (True: may attend), left out only where shapes alone say that it can be."""
+    from transformers.masking_utils import sdpa_mask
+
+    if attention_mask is not None:
+        allow_is_causal_skip = allow_is_bidirectional_skip = False
+    return sdpa_mask(
+        batch_size,
+        q_length,
+        kv_length,
+        *args,
+        attention_mask=attention_mask,
+        allow_is_causal_skip=allow_is_causal_skip,
+        allow_is_bidirectional_skip=allow_is_bidirectional_skip,
+        **kwargs,
+    )
+
+
+def _biased(position_bias: Tensor, attention_mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """A learned bias of the scores (T5's relative positions) and the mask as one additive mask."""
+    bias = position_bias.to(dtype)
+    if attention_mask is None:
+        return bias
+    if attention_mask.dtype == torch.bool:
+        return bias.masked_fill(~attention_mask, -torch.inf)
+    return bias + attention_mask

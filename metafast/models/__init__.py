@@ -1,0 +1,5 @@
+"""Small Transformers for examples, tests and the demo."""
+
+from metafast.models.classifier import EncoderClassifier
+
+__all__ = ["EncoderClassifier"]

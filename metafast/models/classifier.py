@@ -1,0 +1,102 @@
+"""A small Transformer encoder that classifies sequences of bytes or tokens."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["EncoderClassifier"]
+
+PADDING = 0
+
+
+class EncoderLayer(nn.Module):
+    """Pre-LN Transformer layer (Xiong et al. 2020, arXiv:2002.04745): self-attention, then a GELU network.
+
+    Args:
+        width: size of a position's vector, a multiple of ``heads``.
+        heads: number of attention heads.
+        hidden: width of the GELU network.
+    """
+
+    def __init__(self, width: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm_attention = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.norm_network = nn.LayerNorm(width)
+        self.up = nn.Linear(width, hidden)
+        self.down = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """``x``: ``[n, length, width]``; ``mask``: bool ``[n, 1, 1, length]``, True where a key may be attended to."""
+        query, key, value = self.qkv(self.norm_attention(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        x = x + self.out(attended.transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norm_network(x))))
+
+
+class EncoderClassifier(nn.Module):
+    """Embeds tokens and positions, applies pre-LN Transformer layers, averages over the tokens and classifies.
+
+    Everything is plain torch: ``F.scaled_dot_product_attention`` with padding as a boolean mask, no dropout, no
+    data-dependent control flow, so that it runs under ``torch.func`` and can be differentiated twice where the
+    attention can.
+
+    Args:
+        classes: number of logits.
+        vocabulary: number of token ids; id 0 is padding, ignored by attention and by the average.
+        width, layers, heads: size of a position's vector, number of layers, attention heads a layer.
+        max_length: longest sequence.
+
+    Raises:
+        ValueError: a size is not positive, or ``width`` is not a multiple of ``heads``.
+    """
+
+    def __init__(
+        self,
+        classes: int,
+        *,
+        vocabulary: int = 256,
+        width: int = 64,
+        layers: int = 2,
+        heads: int = 4,
+        max_length: int = 32,
+    ) -> None:
+        super().__init__()
+        sizes = {"classes": classes, "vocabulary": vocabulary, "width": width, "layers": layers, "heads": heads}
+        for name, size in {**sizes, "max_length": max_length}.items():
+            if size < 1:
+                raise ValueError(f"{name}: expected a positive number, got {size}")
+        if width % heads:
+            raise ValueError(f"width: expected a multiple of heads = {heads}, got {width}")
+        self.max_length = max_length
+        self.tokens = nn.Embedding(vocabulary, width)
+        self.positions = nn.Embedding(max_length, width)
+        self.layers = nn.ModuleList(EncoderLayer(width, heads, 2 * width) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, text: Tensor) -> Tensor:
+        """Classifies sequences.
+
+        Args:
+            text: int64 ``[n, length]`` token ids, ``length`` ≤ ``max_length``, zeros after the end of a sequence.
+
+        Returns:
+            logits ``[n, classes]``. A sequence of padding alone is classified by the bias of the head.
+
+        Raises:
+            ValueError: ``text`` has another rank or is too long.
+        """
+        if text.dim() != 2 or text.shape[1] > self.max_length:
+            raise ValueError(f"text: expected [n, length] with length <= {self.max_length}, got {list(text.shape)}")
+        real = text != PADDING
+        x = self.tokens(text) + self.positions(torch.arange(text.shape[1], device=text.device))
+        for layer in self.layers:
+            x = layer(x, real[:, None, None, :])
+        weights = real.to(x.dtype)
+        pooled = torch.einsum("nlw,nl->nw", self.norm(x), weights) / weights.sum(1, keepdim=True).clamp(min=1)
+        return self.head(pooled)

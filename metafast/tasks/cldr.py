@@ -1,0 +1,107 @@
+"""Names in about 130 languages, from the CLDR data that Babel carries: a class is a language, nothing is downloaded.
+
+A language takes part if Babel knows at least :data:`NAMES_OF_A_KIND` territories, languages, scripts, currencies and
+cities (the exemplar cities of time zones) in it. What says nothing about its language is left out:
+
+- a name that reads the same in English, whatever its capitals ("Honolulu", "bopomofo"): mostly, nobody translated it;
+- a name of fewer than :data:`SHORTEST` bytes ("ga", "yi", "UK");
+- a language whose names are another's (:data:`TWINS`): CLDR lets it inherit them.
+
+Whole languages are held out. :data:`TEST` is for the final evaluation alone, :data:`VALIDATION` for choosing
+hyperparameters, every other language trains. TEST has relatives of training languages (Welsh and Breton of Irish) and
+languages whose script no training or validation language is written in (Amharic, Armenian, Georgian, Hebrew, Sinhala).
+"""
+
+from __future__ import annotations
+
+import functools
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
+
+__all__ = ["TEST", "VALIDATION", "english_name", "names", "script", "training_languages"]
+
+NAMES_OF_A_KIND = 40
+SHORTEST = 3
+
+TWINS = frozenset({"ht", "no"})  # Haitian Creole inherits from French; Norwegian is Norwegian Bokmål.
+
+TEST = (
+    *("am", "az", "br", "cy", "da", "eo", "et", "eu", "fo", "gl", "he", "hu", "hy", "ka", "kk", "lt", "mr", "qu"),
+    *("ro", "si", "sk", "sw", "ti", "uk", "ur", "vi"),
+)
+VALIDATION = ("bg", "ca", "cs", "gu", "ky", "lb", "nl", "sc", "sd", "sl", "tk", "zu")
+
+
+@functools.cache
+def names() -> Mapping[str, tuple[str, ...]]:
+    """The names of every language that takes part.
+
+    Returns:
+        from the language's code (``"ka"``) to its names, each once, sorted; codes sorted too. The same Babel gives the
+        same mapping. It is computed at the first call (about two seconds) and read-only.
+    """
+    from babel import localedata
+
+    kinds = {code: _names_by_kind(code) for code in sorted(localedata.locale_identifiers()) if "_" not in code}
+    english = {name.casefold() for kind in kinds["en"] for name in kind}
+    chosen = {}
+    for code, of_language in kinds.items():
+        if code in TWINS or min(len(kind) for kind in of_language) < NAMES_OF_A_KIND:
+            continue
+        distinct = {name for kind in of_language for name in kind if len(name.encode()) >= SHORTEST}
+        chosen[code] = tuple(sorted(n for n in distinct if code == "en" or n.casefold() not in english))
+    return MappingProxyType(chosen)
+
+
+def training_languages() -> tuple[str, ...]:
+    """Codes of the languages in neither :data:`TEST` nor :data:`VALIDATION`, sorted."""
+    held_out = {*TEST, *VALIDATION}
+    return tuple(code for code in names() if code not in held_out)
+
+
+def select(codes: Sequence[str], argument: str = "codes") -> dict[str, tuple[str, ...]]:
+    """The names of some languages, in the order asked for.
+
+    Args:
+        codes: codes of languages of :func:`names`, no code twice.
+        argument: what messages call ``codes``.
+
+    Raises:
+        ValueError: a code is unknown or comes twice.
+    """
+    unknown = [code for code in codes if code not in names()]
+    if unknown:
+        raise ValueError(f"{argument}: expected codes among {', '.join(names())}; got {', '.join(map(repr, unknown))}")
+    if len(set(codes)) < len(codes):
+        raise ValueError(f"{argument}: expected no language twice, got {', '.join(codes)}")
+    return {code: names()[code] for code in codes}
+
+
+def english_name(code: str) -> str:
+    """What English calls the language: ``"ka"`` → ``"Georgian"``; the code itself where Babel has no name for it."""
+    from babel import Locale
+
+    return Locale("en").languages.get(code, code)
+
+
+def script(texts: Iterable[str]) -> str:
+    """The script that most letters of ``texts`` belong to, by their Unicode names: ``"LATIN"``, ``"GEORGIAN"``, …
+
+    Raises:
+        ValueError: there is no letter.
+    """
+    counts = Counter(unicodedata.name(char, "?").split()[0] for text in texts for char in text if char.isalpha())
+    if not counts:
+        raise ValueError("texts: expected at least one letter, got none")
+    return counts.most_common(1)[0][0]
+
+
+def _names_by_kind(code: str) -> list[list[str]]:
+    from babel import Locale
+
+    locale = Locale.parse(code)
+    cities = [zone["city"] for zone in locale.time_zones.values() if "city" in zone]
+    kinds = [locale.territories, locale.languages, locale.scripts, locale.currencies]
+    return [[name for name in kind.values() if isinstance(name, str)] for kind in kinds] + [cities]
