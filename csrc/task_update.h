@@ -1,6 +1,6 @@
-// Updates of all parameters of all tasks: the formulas of each rule for one element, the plan that the kernels carry out,
-// and the ops, which make a plan of their arguments. csrc/cpu and csrc/cuda hold one `run(plan)` each, for every rule.
-// metafast/ops/task_update/README.md derives the formulas.
+// Updates of all parameters of all tasks: the formulas of each rule for one element, the plan that the kernels carry
+// out, and the ops, which make a plan of their arguments. csrc/cpu and csrc/cuda hold one `run(plan)` each, for every
+// rule. metafast/ops/task_update/README.md derives the formulas.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -27,24 +27,25 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 
-// ---- Rules: `element` reads `inputs` numbers and makes `outputs` numbers of them.
+// Rules: `element` reads `inputs` numbers and makes `outputs` numbers of them.
 
-// Without momentum, as at the first step with it, the velocity is the gradient with its weight decay: nothing of the
-// buffer, all of the gradient.
+// With g the gradient, its sign and weight decay included, and b the buffer, the new buffer is momentum b + kept g and
+// the step is lr (from_buffer b + from_grad g). Without momentum, as at the first step with it, the new buffer would be
+// g. All of this is arithmetic, without conditions, so that every compiler vectorises it.
 struct Sgd {
-  double momentum, kept;
-  bool nesterov, maximize;
+  double sign, momentum, kept, from_buffer, from_grad;
 
   Sgd(double momentum, double dampening, bool nesterov, bool maximize, bool first)
-      : momentum(momentum), kept(momentum == 0 || first ? 1 : 1 - dampening), nesterov(nesterov), maximize(maximize) {}
+      : sign(maximize ? -1 : 1), momentum(momentum), kept(first || momentum == 0 ? 1 : 1 - dampening),
+        from_buffer(nesterov ? momentum * momentum : momentum), from_grad(nesterov ? 1 + momentum * kept : kept) {}
 
   template <class C>
   struct As {  // in the type of the arithmetic
-    C sign, momentum, kept;
-    bool nesterov;
+    C sign, momentum, kept, from_buffer, from_grad;
 
     explicit As(const Sgd& rule)
-        : sign(rule.maximize ? C(-1) : C(1)), momentum(C(rule.momentum)), kept(C(rule.kept)), nesterov(rule.nesterov) {}
+        : sign(C(rule.sign)), momentum(C(rule.momentum)), kept(C(rule.kept)), from_buffer(C(rule.from_buffer)),
+          from_grad(C(rule.from_grad)) {}
   };
 };
 
@@ -56,15 +57,13 @@ struct SgdUpdate {
   template <class C>
   static METAFAST_ELEMENT void element(const Sgd::As<C>& rule, const C* in, C* out) {
     const C decayed = rule.sign * in[grad] + in[weight_decay] * in[param];
-    const C velocity = rule.momentum * in[buffer] + rule.kept * decayed;
-    const C direction = rule.nesterov ? decayed + rule.momentum * velocity : velocity;
-    out[new_param] = in[param] - in[lr] * direction;
-    out[new_buffer] = velocity;
+    out[new_param] = in[param] - in[lr] * (rule.from_buffer * in[buffer] + rule.from_grad * decayed);
+    out[new_buffer] = rule.momentum * in[buffer] + rule.kept * decayed;
   }
 };
 
-// The vector-Jacobian product. The update is linear in parameter, gradient and buffer: only where a rate is learned does
-// the product need them.
+// The vector-Jacobian product. The update is linear in parameter, gradient and buffer: only where a rate is learned
+// does the product need them.
 template <bool learned>
 struct SgdVjp {
   using Options = Sgd;
@@ -74,22 +73,26 @@ struct SgdVjp {
 
   template <class C>
   static METAFAST_ELEMENT void element(const Sgd::As<C>& rule, const C* in, C* out) {
-    const C d_direction = -in[lr] * in[d_param];
-    const C d_velocity = in[d_buffer] + (rule.nesterov ? rule.momentum * d_direction : d_direction);
-    const C d_decayed = (rule.nesterov ? d_direction : C(0)) + rule.kept * d_velocity;
-    if constexpr (learned) {
-      const C decayed = rule.sign * in[grad] + in[weight_decay] * in[param];
-      const C velocity = rule.momentum * in[buffer] + rule.kept * decayed;
-      out[to_lr] = -in[d_param] * (rule.nesterov ? decayed + rule.momentum * velocity : velocity);
-      out[to_weight_decay] = d_decayed * in[param];
-    }
+    const C d_step = -in[lr] * in[d_param];
+    const C d_decayed = rule.kept * in[d_buffer] + rule.from_grad * d_step;
     out[to_param] = in[d_param] + in[weight_decay] * d_decayed;
     out[to_grad] = rule.sign * d_decayed;
-    out[to_buffer] = rule.momentum * d_velocity;
+    out[to_buffer] = rule.momentum * in[d_buffer] + rule.from_buffer * d_step;
+    if constexpr (learned) {
+      const C decayed = rule.sign * in[grad] + in[weight_decay] * in[param];
+      out[to_lr] = -in[d_param] * (rule.from_buffer * in[buffer] + rule.from_grad * decayed);
+      out[to_weight_decay] = d_decayed * in[param];
+    }
   }
 };
 
-// ---- Plans: an item for each parameter tensor, T tasks of n elements, all contiguous.
+// The arithmetic for elements stored as Stored, and a rule's coefficients in it.
+template <class Stored>
+using Arithmetic = std::conditional_t<std::is_same_v<Stored, double>, double, float>;
+template <class Rule, class C>
+using As = typename Rule::Options::template As<C>;
+
+// Plans: an item for each parameter tensor, T tasks of n elements, all contiguous.
 
 enum class From : uint8_t {
   number,     // `value`, for every element
@@ -128,23 +131,24 @@ struct Item {
 
 template <class Rule>
 struct Plan {
+  int32_t device = -1;
   std::vector<Item<Rule>> items;
   Tensors scalars;
   Tensors copies;  // contiguous ones of operands that were not
 };
 
-inline Tensor empty(const int64_t* sizes, int64_t dim, const Tensor& like) {
+inline Tensor empty(const int64_t* sizes, int64_t dim, ScalarType type, const Tensor& like) {
   std::array<int64_t, 64> strides;
   STD_TORCH_CHECK(dim <= int64_t(strides.size()), "task_update: expected at most 64 dimensions, got ", dim);
   int64_t stride = 1;
   for (int64_t d = dim; d-- > 0; stride *= std::max<int64_t>(sizes[d], 1)) strides[d] = stride;
-  int32_t type, device_type, device_index;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &type));
+  const int32_t stored = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  int32_t device_type, device_index;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   AtenTensorHandle made;
   STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dim, sizes, strides.data(), type, device_type, device_index, &made));
+      aoti_torch_empty_strided(dim, sizes, strides.data(), stored, device_type, device_index, &made));
   return Tensor(made);
 }
 
@@ -153,6 +157,7 @@ template <class Rule>
 class Planner {
  public:
   explicit Planner(const Tensors& like) : like_(like) {
+    if (!like.empty()) plan_.device = like[0].get_device_index();
     plan_.items.resize(like.size());
     for (size_t i = 0; i < like.size(); ++i) {
       const auto sizes = like[i].sizes();
@@ -181,6 +186,8 @@ class Planner {
         continue;
       }
       const Tensor& rate = rates[rates.size() > 1 ? i : 0];
+      STD_TORCH_CHECK(rate.dim() == 0 || rates.size() == plan_.items.size(),
+                      "task_update: expected a rate for all tensors to have no dimensions");
       if (rate.dim() != 0) read_elements(i, input, rate);
       else plan_.items[i].in[input] = {From::scalar, rate.scalar_type(), rate.data_ptr(), 0};
     }
@@ -193,7 +200,7 @@ class Planner {
     for (size_t i = 0; i < like_.size(); ++i) {
       const bool sum = !shared.empty() && shared[i];
       const auto sizes = like_[i].sizes();
-      made.push_back(empty(sizes.data() + sum, int64_t(sizes.size()) - sum, like_[i]));
+      made.push_back(empty(sizes.data() + sum, int64_t(sizes.size()) - sum, plan_.items[i].type, like_[i]));
       plan_.items[i].out[output] = {sum ? Keep::task_sum : Keep::each_task, -1, made.back().data_ptr()};
     }
     return made;
@@ -205,7 +212,7 @@ class Planner {
     made.reserve(rates.size());
     for (size_t r = 0; r < rates.size(); ++r) {
       const bool total = rates[r].dim() == 0;
-      made.push_back(empty(rates[r].sizes().data(), rates[r].dim(), rates[r]));
+      made.push_back(empty(rates[r].sizes().data(), rates[r].dim(), rates[r].scalar_type(), rates[r]));
       const Output out = {total ? Keep::total : Keep::task_sum, total ? int32_t(plan_.scalars.size()) : -1,
                           made[r].data_ptr()};
       if (total) plan_.scalars.push_back(made[r]);
@@ -255,7 +262,7 @@ class Planner {
   }
 };
 
-// ---- Ops. Their schemas, and what the arguments are, are in metafast/ops/task_update/library.py.
+// Ops. Their schemas, and what the arguments are, are in metafast/ops/task_update/library.py.
 
 template <class Device>
 std::tuple<Tensors, Tensors> sgd_update(

@@ -26,8 +26,8 @@ class SGD:
         lr: learning rate, at least 0.
         momentum: at least 0; with 0 the rule keeps no state.
         dampening: of the momentum.
-        nesterov: Nesterov's momentum, in the form of Sutskever et al., "On the importance of initialization and momentum
-            in deep learning", ICML 2013; needs ``momentum > 0`` and ``dampening == 0``.
+        nesterov: Nesterov's momentum, in the form of Sutskever et al., "On the importance of initialization and
+            momentum in deep learning", ICML 2013; needs ``momentum > 0`` and ``dampening == 0``.
         weight_decay: factor of the L2 penalty, at least 0.
         maximize: ascend instead.
 

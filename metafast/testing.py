@@ -110,11 +110,9 @@ class AttentionInputs:
         mask = self.options["attn_mask"]
         if mask is not None and mask.dtype != torch.bool:
             mask = mask.to(dtype)
-        return AttentionInputs(
-            *(x.to(dtype) for x in (*self.qkv, self.grad_out)),
-            tuple(x.to(dtype) for x in self.tangents),
-            {**self.options, "attn_mask": mask},
-        )
+        query, key, value, grad_out = (x.to(dtype) for x in (*self.qkv, self.grad_out))
+        tangents = tuple(x.to(dtype) for x in self.tangents)
+        return AttentionInputs(query, key, value, grad_out, tangents, {**self.options, "attn_mask": mask})
 
 
 ATTENTION_CASES = (

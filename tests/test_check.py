@@ -63,7 +63,7 @@ def test_reptile_without_query(setting):
 
 
 def test_bad_meta():
-    with pytest.raises(TypeError, match="meta: expected a metafast algorithm such as metafast.MAML, got Linear"):
+    with pytest.raises(TypeError, match=r"meta: expected a metafast algorithm such as metafast.MAML, got Linear"):
         metafast.check(nn.Linear(1, 1), None)
 
 

@@ -1,6 +1,6 @@
-// Task updates on the CPU: one pass over memory. The items of a plan are cut into chunks, chunks of all items are shared
-// out among the threads, and a chunk goes through the rule in strips that stay in the first-level cache. The cut depends
-// on shapes alone, and sums are added in its order: results do not depend on the number of threads.
+// Task updates on the CPU: one pass over memory. The items of a plan are cut into chunks, chunks of all items are
+// shared out among the threads, and a chunk goes through the rule in strips that stay in the first-level cache. The cut
+// depends on shapes alone, and sums are added in its order: results do not depend on the number of threads.
 
 #include "task_update.h"
 
@@ -43,8 +43,8 @@ METAFAST_ELEMENT void store(const C* from, Stored* to, int64_t n) {
 }
 
 // Written without loops over operands: what is indexed by constants alone the compiler keeps in registers.
-template <class Rule, class C, class Coefficients, size_t... I, size_t... O>
-METAFAST_ELEMENT void apply(const Coefficients rule, const C* const* inputs, C* const* outputs, int64_t n,
+template <class Rule, class C, size_t... I, size_t... O>
+METAFAST_ELEMENT void apply(const As<Rule, C>& rule, const C* const* inputs, C* const* outputs, int64_t n,
                             std::index_sequence<I...>, std::index_sequence<O...>) {
   const C* const from[] = {inputs[I]...};
   C* const to[] = {outputs[O]...};
@@ -77,8 +77,8 @@ double scalar_value(const Input& in) {
 template <class Rule, class Stored>
 METAFAST_ELEMENT void chunk(const typename Rule::Options& options, const Item<Rule>& item, int64_t begin, int64_t end,
                             double* totals) {
-  using C = std::conditional_t<std::is_same_v<Stored, double>, double, float>;
-  const typename Rule::Options::template As<C> rule(options);
+  using C = Arithmetic<Stored>;
+  const As<Rule, C> rule(options);
   alignas(64) C loaded[Rule::inputs][kStrip], made[Rule::outputs][kStrip], sums[Rule::outputs][kStrip];
   const C* in[Rule::inputs];
   C* out[Rule::outputs];
@@ -109,7 +109,8 @@ METAFAST_ELEMENT void chunk(const typename Rule::Options& options, const Item<Ru
         if constexpr (std::is_same_v<C, Stored>)
           if (item.out[o].keep == Keep::each_task) out[o] = target(o, task);
       }
-      apply<Rule>(rule, in, out, n, std::make_index_sequence<Rule::inputs>(), std::make_index_sequence<Rule::outputs>());
+      apply<Rule, C>(rule, in, out, n, std::make_index_sequence<Rule::inputs>(),
+                     std::make_index_sequence<Rule::outputs>());
       for (int o = 0; o < Rule::outputs; ++o) {
         if (item.out[o].keep == Keep::task_sum) {
 #pragma omp simd

@@ -79,31 +79,13 @@ def attention(
     return out.transpose(-2, -3).contiguous(), None
 
 
-def mask(
-    batch_size: int,
-    q_length: Any,
-    kv_length: int,
-    *args: Any,
-    attention_mask: Tensor | None = None,
-    allow_is_causal_skip: bool = True,
-    allow_is_bidirectional_skip: bool = False,
-    **kwargs: Any,
-) -> Tensor | None:
+def mask(**arguments: Any) -> Tensor | None:
     """transformers' boolean mask (True: may attend), left out only where shapes alone say that it can be."""
     from transformers.masking_utils import sdpa_mask
 
-    if attention_mask is not None:
-        allow_is_causal_skip = allow_is_bidirectional_skip = False
-    return sdpa_mask(
-        batch_size,
-        q_length,
-        kv_length,
-        *args,
-        attention_mask=attention_mask,
-        allow_is_causal_skip=allow_is_causal_skip,
-        allow_is_bidirectional_skip=allow_is_bidirectional_skip,
-        **kwargs,
-    )
+    if arguments.get("attention_mask") is not None:
+        arguments |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    return sdpa_mask(**arguments)
 
 
 def _biased(position_bias: Tensor, attention_mask: Tensor | None, dtype: torch.dtype) -> Tensor:

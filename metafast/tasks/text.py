@@ -46,20 +46,22 @@ def read_csv(path: str | Path) -> dict[str, list[str]]:
         OSError: the file cannot be read.
     """
     texts: dict[str, dict[str, None]] = {}
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        missing = [column for column in ("text", "label") if column not in (reader.fieldnames or ())]
-        if missing:
-            found = ", ".join(reader.fieldnames or ()) or "none"
-            raise ValueError(f"{path}: expected columns text and label; {' and '.join(missing)} missing, found {found}")
-        try:
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file)
+            missing = [column for column in ("text", "label") if column not in (reader.fieldnames or ())]
+            if missing:
+                found = ", ".join(reader.fieldnames or ()) or "none"
+                raise ValueError(
+                    f"{path}: expected columns text and label; {' and '.join(missing)} missing, found {found}"
+                )
             for row in reader:
                 text, label = (row["text"] or "").strip(), (row["label"] or "").strip()
                 if not text or not label:
                     raise ValueError(f"{path}, line {reader.line_num}: expected a text and a label, got {row}")
                 texts.setdefault(label, {})[text] = None
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: expected UTF-8 text ({error})") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected UTF-8 text ({error})") from error
     if not texts:
         raise ValueError(f"{path}: expected at least one row, got none")
     return {label: list(of_label) for label, of_label in texts.items()}

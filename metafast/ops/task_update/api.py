@@ -39,8 +39,8 @@ def task_update(
         grads: a gradient ``[T, *shape]`` for each parameter tensor, in a container as ``params``, with its dtypes.
         state: what the step before returned as its second result; None at the first step.
         rates: what replaces a number of the rule, by its name (``"lr"``, ``"weight_decay"``): a tensor without
-            dimensions, of any of these dtypes; or a container as ``params`` of such tensors or of tensors ``[*shape]``, a
-            rate for each single parameter, with the parameter's dtype.
+            dimensions, of any of these dtypes; or a container as ``params`` of such tensors or of tensors ``[*shape]``,
+            a rate for each single parameter, with the parameter's dtype.
         step: number of the step, from 0.
         backend: ``"auto"``, ``"fused"`` or ``"reference"``; see :mod:`metafast.backend`.
 

@@ -1,11 +1,12 @@
 """Derivatives of the fused update.
 
-The first derivative is a kernel. Derivatives of that, and tangents, are rare (no first- or second-order algorithm takes
-them of the update): where a rule is linear in its tensors they are the kernels again, else they are those of the reference.
+The first derivative is a kernel. Derivatives of that, and tangents, are rare: no first- or second-order algorithm takes
+them of the update. Where a rule is linear in its tensors they are the kernels again, else they are the reference's.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -81,7 +82,7 @@ class _Update(torch.autograd.Function):
         ctx.layout, *flat = inputs
         if not ctx.layout.linear:
             ctx.save_for_backward(*flat)
-        ctx.save_for_forward(*flat)
+            ctx.save_for_forward(*flat)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
@@ -90,17 +91,18 @@ class _Update(torch.autograd.Function):
         if torch.is_grad_enabled():
             return None, *_Vjp.apply(layout, *cotangents, *saved)
         needed = [any(group) for group in layout.split(ctx.needs_input_grad[1:])]
-        products = zip(_native_vjp(layout, cotangents, saved, needed), layout.sizes, strict=True)
-        return None, *(product for group, size in products for product in group or [None] * size)
+        products = _native_vjp(layout, cotangents, saved, needed)
+        padded: list[Tensor | None] = []
+        for group, size in zip(products, layout.sizes, strict=True):
+            padded += group if group else [None] * size
+        return None, *padded
 
     @staticmethod
-    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Tensors:
+    def jvp(ctx: Any, _: None, *tangents: Tensor) -> Tensors:
         layout: _Layout = ctx.layout
-        primals = ctx.saved_tensors
-        directions = _materialised(tangents, primals)
         if layout.linear:
-            return _Update.apply(layout, *directions)
-        return _jvp(layout.reference, primals, directions)
+            return _Update.apply(layout, *tangents)
+        return _jvp(layout.reference, ctx.saved_tensors, tangents)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], layout: _Layout, *flat: Tensor) -> tuple[Tensors, int]:
@@ -120,7 +122,7 @@ class _Vjp(torch.autograd.Function):
         ctx.layout, *flat = inputs
         if not ctx.layout.linear:
             ctx.save_for_backward(*flat)
-        ctx.save_for_forward(*flat)
+            ctx.save_for_forward(*flat)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
@@ -130,17 +132,20 @@ class _Vjp(torch.autograd.Function):
         return None, *_vjp(layout.reference_vjp, ctx.saved_tensors, cotangents)
 
     @staticmethod
-    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Tensors:
+    def jvp(ctx: Any, _: None, *tangents: Tensor) -> Tensors:
         layout: _Layout = ctx.layout
-        primals = ctx.saved_tensors
-        directions = _materialised(tangents, primals)
         if layout.linear:
-            return _Vjp.apply(layout, *directions)
-        return _jvp(layout.reference_vjp, primals, directions)
+            return _Vjp.apply(layout, *tangents)
+        return _jvp(layout.reference_vjp, ctx.saved_tensors, tangents)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], layout: _Layout, *flat: Tensor) -> tuple[Tensors, int]:
         return _vmap(_Vjp, info.batch_size, in_dims[1:], layout, flat)
+
+
+# Function.apply asks for this signature in every call, and working it out takes longer than a small update.
+for _function in (_Update, _Vjp):
+    _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[attr-defined]
 
 
 def _native_vjp(layout: _Layout, cotangents: Tensors, saved: Tensors, needed: list[bool]) -> tuple[list[Tensor], ...]:
@@ -149,7 +154,7 @@ def _native_vjp(layout: _Layout, cotangents: Tensors, saved: Tensors, needed: li
 
 
 def _vjp(function: Callable[..., Tensors], primals: Tensors, cotangents: Tensors) -> Tensors:
-    _, pullback = torch.func.vjp(function, *primals)
+    pullback = torch.func.vjp(function, *primals)[1]
     return pullback(cotangents)
 
 
@@ -173,11 +178,6 @@ def _vmap(
         for index in range(size)
     ]
     return tuple(torch.stack(results) for results in zip(*calls, strict=True)), 0
-
-
-def _materialised(tangents: Sequence[Tensor | None], primals: Tensors) -> Tensors:
-    pairs = zip(tangents, primals, strict=True)
-    return tuple(torch.zeros_like(primal) if tangent is None else tangent for tangent, primal in pairs)
 
 
 def _split(flat: Sequence[Any], sizes: Sequence[int]) -> tuple[list[Any], ...]:

@@ -60,7 +60,9 @@ def vjp(
     # Without weight decay a parameter of a task passes its cotangent on as it is.
     same = needed[0] and rule.weight_decay == 0 and not groups[-1] and not any(shared)
     wanted = [needed[0] and not same, *needed[1:]]
-    products = torch.ops.metafast.sgd_update_vjp(*cotangents, *groups, *_numbers(rule), first, list(shared), wanted)
+    products: tuple[list[Tensor], ...] = ([],) * len(wanted)
+    if any(wanted):
+        products = torch.ops.metafast.sgd_update_vjp(*cotangents, *groups, *_numbers(rule), first, list(shared), wanted)
     return (list(cotangents[0]), *products[1:]) if same else products
 
 
@@ -95,10 +97,10 @@ def _(
 ) -> tuple[list[Tensor], ...]:
     shared, needed = rest[-2:]
     assert isinstance(shared, list) and isinstance(needed, list)  # noqa: PT018 - narrows the types
-    sums = _like([d[0] if one else d for d, one in zip(d_params, shared, strict=True)])
+    sums = [d.new_empty(d.shape[one:]) for d, one in zip(d_params, shared, strict=True)]
     made = (sums, _like(d_params), _like(d_params), _like(lrs), _like(weight_decays))
     return tuple(group if wanted else [] for group, wanted in zip(made, needed, strict=True))
 
 
 def _like(tensors: list[Tensor]) -> list[Tensor]:
-    return [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors]
+    return [tensor.new_empty(tensor.shape) for tensor in tensors]

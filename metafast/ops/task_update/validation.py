@@ -85,23 +85,25 @@ def _listed(name: str, tensors: Tensors, like: Tensors | None) -> list[Tensor]:
 def _check_params(container: Tensors, params: list[Tensor], grads: list[Tensor]) -> None:
     device, tasks = params[0].device, grads[0].shape[:1]
     for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
-        if param.dtype not in DTYPES:
-            raise TypeError(
-                f"{_entry('params', container, i)}: expected float32, float64, bfloat16 or float16, got {param.dtype}"
-            )
-        shape, batched = param.shape, grad.shape
+        shape, batched, dtype = param.shape, grad.shape, param.dtype
         if not batched or (shape != batched and shape != batched[1:]):
             raise ValueError(
-                f"{_entry('grads', container, i)}: expected the parameter's shape {tuple(shape)}, with the task dimension "
-                f"first or with one before it, got {tuple(batched)}"
+                f"{_entry('grads', container, i)}: expected the parameter's shape {tuple(shape)}, with tasks as its "
+                f"first dimension or with a dimension of tasks before it, got {tuple(batched)}"
             )
         if batched[:1] != tasks:
             raise ValueError(
                 f"{_entry('grads', container, i)}: expected {tasks[0]} tasks, as in the first gradient, "
                 f"got shape {tuple(batched)}"
             )
-        _check_kind("params", container, i, param, param.dtype, device)
-        _check_kind("grads", container, i, grad, param.dtype, device)
+        if dtype not in DTYPES:
+            raise TypeError(
+                f"{_entry('params', container, i)}: expected float32, float64, bfloat16 or float16, got {dtype}"
+            )
+        kind = (dtype, device, torch.strided)
+        if (dtype, param.device, param.layout) != kind or (grad.dtype, grad.device, grad.layout) != kind:
+            _check_kind("params", container, i, param, dtype, device)
+            _check_kind("grads", container, i, grad, dtype, device)
 
 
 def _checked_state(
@@ -147,22 +149,26 @@ def _checked_rate(name: str, rate: Tensor | Tensors, params: Tensors, grads: lis
     if isinstance(rate, Tensor):
         if rate.dim() != 0:
             raise ValueError(
-                f"{label}: expected a tensor without dimensions, or one a parameter tensor, got shape {tuple(rate.shape)}"
+                f"{label}: expected a tensor without dimensions, or a container of tensors as params, "
+                f"got shape {tuple(rate.shape)}"
             )
-        group, container = [rate], [rate]
-    else:
-        group, container = _listed(label, rate, like=params), params
-    for i, (tensor, grad) in enumerate(zip(group, grads, strict=False)):
+        if rate.dtype not in DTYPES:
+            raise TypeError(f"{label}: expected float32, float64, bfloat16 or float16, got {rate.dtype}")
+        if rate.device != grads[0].device:
+            raise ValueError(f"{label}: expected the device {grads[0].device} of the parameters, got {rate.device}")
+        return [rate]
+    group = _listed(label, rate, like=params)
+    for i, (tensor, grad) in enumerate(zip(group, grads, strict=True)):
         if tensor.dim() != 0 and tensor.shape != grad.shape[1:]:
             raise ValueError(
-                f"{_entry(label, container, i)}: expected no dimensions or the parameter's shape {tuple(grad.shape[1:])}, "
-                f"got {tuple(tensor.shape)}"
+                f"{_entry(label, params, i)}: expected no dimensions or the parameter's shape "
+                f"{tuple(grad.shape[1:])}, got {tuple(tensor.shape)}"
             )
         if tensor.dtype not in DTYPES:
             raise TypeError(
-                f"{_entry(label, container, i)}: expected float32, float64, bfloat16 or float16, got {tensor.dtype}"
+                f"{_entry(label, params, i)}: expected float32, float64, bfloat16 or float16, got {tensor.dtype}"
             )
-        _check_kind(label, container, i, tensor, tensor.dtype if tensor.dim() == 0 else grad.dtype, grad.device)
+        _check_kind(label, params, i, tensor, tensor.dtype if tensor.dim() == 0 else grad.dtype, grad.device)
     return group
 
 

@@ -1,0 +1,52 @@
+"""How a benchmark is taken: equal to the reference first, then timed beside its baseline in interleaved rounds."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import metafast
+from metafast.measure import interleaved_medians, peak_memory
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def device() -> str:
+    return DEVICE
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
+    machine_info["metafast"] = {
+        **metafast.build_info(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else platform.processor() or platform.machine(),
+    }
+
+
+@pytest.fixture
+def measure(benchmark) -> Callable[..., None]:
+    """``measure(what, call, baseline=None, against=None, rounds=9)``.
+
+    pytest-benchmark's own statistics are those of ``call`` alone. The ratio that is claimed comes from rounds that run
+    ``call`` and ``against`` in turn; ``baseline`` names the latter.
+    """
+
+    def run(
+        what: str, call: Callable[[], object], baseline: str = "", against: Callable | None = None, rounds: int = 9
+    ):
+        if against is not None:
+            medians = interleaved_medians({"call": call, "against": against}, rounds, DEVICE)
+            benchmark.extra_info["speedup"] = medians["against"] / medians["call"]
+            benchmark.extra_info["baseline"] = baseline
+        benchmark.extra_info["what"] = what
+        benchmark.extra_info["peak_bytes"] = peak_memory(call, DEVICE)
+        if DEVICE == "cuda":
+            benchmark.pedantic(lambda: (call(), torch.cuda.synchronize()), rounds=rounds, warmup_rounds=1)
+        else:
+            benchmark.pedantic(call, rounds=rounds, warmup_rounds=1)
+
+    return run

@@ -1,0 +1,95 @@
+"""The command lines of ``demo`` and ``adapt``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+from metafast.backend import BACKENDS, BackendUnavailableError
+from metafast.demo.config import ALGORITHMS, Config
+from metafast.demo.files import Folder
+
+_HELP = {
+    "ways": "languages an episode",
+    "shots": "names of each language to learn from",
+    "steps": "inner steps in training",
+    "seed": "of the first parameters and of the episodes",
+    "iterations": "meta-steps",
+}
+
+
+def add_demo(parser: argparse.ArgumentParser) -> None:
+    """Gives ``parser`` the options of ``demo``."""
+    defaults = Config()
+    parser.add_argument("--algorithm", choices=ALGORITHMS, default=defaults.algorithm)
+    for name, text in _HELP.items():
+        default = getattr(defaults, name)
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default: {default})")
+    parser.add_argument("--backend", choices=BACKENDS, default="fused", help="default: %(default)s")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/demo"), help="folder of the results (default: %(default)s)"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in the folder")
+    parser.set_defaults(run=_demo)
+
+
+def add_adapt(parser: argparse.ArgumentParser) -> None:
+    """Gives ``parser`` the options of ``adapt``."""
+    parser.add_argument(
+        "--checkpoint", type=Path, default=Path("runs/demo"), help="folder of a run (default: %(default)s)"
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--languages", help="codes with commas between, such as ka,hy,eo,cy,br")
+    source.add_argument("--file", type=Path, help="a CSV file with the columns text and label")
+    parser.add_argument("--shots", type=int, help="texts of each label to learn from (default: the checkpoint's)")
+    parser.add_argument("--steps", type=int, default=10, help="steps of adaptation (default: %(default)s)")
+    parser.add_argument("--show", type=int, default=5, help="examples of each label (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the draw of what is learned from (default: %(default)s)"
+    )
+    parser.set_defaults(run=_adapt)
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from metafast.demo.run import run
+
+    chosen = vars(options)
+    folder = Folder(options.out)
+    try:
+        config = Config(**{field.name: chosen[field.name] for field in fields(Config) if field.name in chosen})
+        results = run(config, folder, backend=options.backend, resume=options.resume)
+    except (ValueError, BackendUnavailableError) as error:
+        print(f"metafast demo: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(
+            f"\ninterrupted; a checkpoint is in {folder.path}: go on with the same options and --resume",
+            file=sys.stderr,
+        )
+        return 130
+    print("\n" + results.table(config))
+    print(
+        f"\nwritten to {folder.path}: {', '.join(p.name for p in (folder.result, folder.log, folder.tensors, folder.plot))}"
+    )
+    return 0
+
+
+def _adapt(options: argparse.Namespace) -> int:
+    from metafast.demo.adapt import adapt, table
+    from metafast.tasks import cldr
+    from metafast.tasks.text import read_csv
+
+    try:
+        if options.file is not None:
+            texts = read_csv(options.file)
+        else:
+            chosen = cldr.select(options.languages.split(","), "languages")
+            texts = {f"{cldr.english_name(code)} ({code})": list(names) for code, names in chosen.items()}
+        examples = adapt(Folder(options.checkpoint), texts, shots=options.shots, steps=options.steps, seed=options.seed)
+    except (ValueError, OSError) as error:
+        print(f"metafast adapt: {error}", file=sys.stderr)
+        return 1
+    print(table(examples, options.show))
+    return 0

@@ -1,0 +1,98 @@
+"""What a run of the demo is made of."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metafast import inner
+from metafast.meta import MAML, Reptile
+from metafast.meta.base import MetaLearner
+from metafast.models import EncoderClassifier
+from metafast.tasks.text import Batch
+
+ALGORITHMS = ("maml", "fomaml", "reptile")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of a run; what a checkpoint must agree with to be resumed.
+
+    Args:
+        algorithm: ``"maml"`` (second order), ``"fomaml"`` or ``"reptile"``.
+        ways, shots, queries: languages an episode, names of each to learn from, names of each to ask about.
+        steps: inner steps in training.
+        tasks: episodes a meta-step.
+        iterations: meta-steps.
+        inner_lr, outer_lr: learning rates; the outer one falls to 0 along a cosine.
+        width, layers, heads, max_length: of the classifier; ``max_length`` in bytes.
+        seed: of the first parameters and of the episodes.
+    """
+
+    algorithm: str = "maml"
+    ways: int = 5
+    shots: int = 5
+    queries: int = 10
+    steps: int = 3
+    tasks: int = 4
+    iterations: int = 200
+    inner_lr: float = 0.1
+    outer_lr: float = 4e-3
+    width: int = 64
+    layers: int = 2
+    heads: int = 4
+    max_length: int = 24
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.algorithm not in ALGORITHMS:
+            raise ValueError(f"algorithm: expected one of {', '.join(ALGORITHMS)}, got {self.algorithm!r}")
+        for name in ("ways", "shots", "queries", "steps", "tasks", "iterations"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Config:
+        """Raises ValueError where the settings are not those of this version."""
+        known = {field.name for field in fields(cls)}
+        if set(values) != known:
+            raise ValueError(f"config: expected the settings {sorted(known)}, got {sorted(values)}")
+        return cls(**values)
+
+    def model(self, classes: int | None = None) -> EncoderClassifier:
+        """A fresh classifier, of ``ways`` classes where ``classes`` is None. Its parameters depend on ``seed`` alone."""
+        with torch.random.fork_rng([]):
+            torch.manual_seed(self.seed)
+            model = EncoderClassifier(
+                self.ways if classes is None else classes,
+                width=self.width,
+                layers=self.layers,
+                heads=self.heads,
+                max_length=self.max_length,
+            )
+            for embedding in (model.tokens, model.positions):
+                nn.init.normal_(embedding.weight, std=0.1)
+            # Which label a language gets is drawn anew in every episode: without adaptation no class is preferred.
+            nn.init.zeros_(model.head.weight)
+            nn.init.zeros_(model.head.bias)
+        return model
+
+    def learner(self, model: nn.Module, inner_lr: float | None = None) -> MetaLearner:
+        rule = inner.SGD(lr=self.inner_lr if inner_lr is None else inner_lr)
+        if self.algorithm == "reptile":
+            return Reptile(model, loss_fn, inner=rule, steps=self.steps)
+        return MAML(model, loss_fn, inner=rule, steps=self.steps, order=1 if self.algorithm == "fomaml" else 2)
+
+
+def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """Cross-entropy of one episode, and its accuracy."""
+    logits = model(batch["text"])
+    accuracy = (logits.argmax(-1) == batch["label"]).float().mean()
+    return F.cross_entropy(logits, batch["label"]), {"accuracy": accuracy}

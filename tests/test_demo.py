@@ -1,0 +1,291 @@
+"""The demo on a tiny model: what it writes, that it goes on where it stopped, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+
+import pytest
+import torch
+
+import metafast
+from metafast.__main__ import main
+from metafast.demo import training
+from metafast.demo.adapt import adapt
+from metafast.demo.baseline import with_new_head
+from metafast.demo.config import Config
+from metafast.demo.data import Languages
+from metafast.demo.evaluation import accuracy_after
+from metafast.demo.files import Folder, Progress, load_model, read_settings, save
+from metafast.demo.run import Effort, run
+from metafast.demo.training import start, train
+from metafast.tasks.text import LabelledText
+
+TINY = {
+    "ways": 3,
+    "shots": 2,
+    "queries": 2,
+    "steps": 2,
+    "tasks": 2,
+    "width": 8,
+    "heads": 2,
+    "layers": 1,
+    "max_length": 8,
+}
+
+
+def config(**changes) -> Config:
+    return Config(**{**TINY, "iterations": 6, **changes})
+
+
+@pytest.fixture(scope="module")
+def texts() -> dict[str, list[str]]:
+    """Four labels with letters of their own, so that something can be learned at once."""
+    return {name: [first + second for first in name for second in name] for name in ("abcd", "efgh", "ijkl", "mnop")}
+
+
+@pytest.fixture(scope="module")
+def languages(texts) -> Languages:
+    names = LabelledText(texts, TINY["max_length"])
+    return Languages(names, names, names, names)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Folder:
+    return Folder(tmp_path / "run")
+
+
+def run_tiny(folder, languages, settings=None, **options):
+    return run(
+        settings or config(),
+        folder,
+        effort=Effort(test=4, validation=4, latin=4),
+        languages=languages,
+        quiet=True,
+        **options,
+    )
+
+
+def parameters(folder: Folder) -> dict[str, torch.Tensor]:
+    settings, _ = read_settings(folder)
+    model = settings.model()
+    load_model(folder, model)
+    return model.state_dict()
+
+
+def log(folder: Folder) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in folder.log.read_text().splitlines()]
+    return [{name: line[name] for name in ("iteration", "loss", "accuracy")} for line in lines]
+
+
+@pytest.mark.parametrize("algorithm", ["maml", "fomaml", "reptile"])
+def test_what_a_run_writes(folder, languages, algorithm):
+    results = run_tiny(folder, languages, config(algorithm=algorithm))
+    written = json.loads(folder.result.read_text())
+    assert set(written["accuracy"]) == set(written["baseline_accuracy"]) == {"0", "1", "3", "10"}
+    assert all(0 <= value <= 1 for value in written["accuracy"].values())
+    assert written["meta_gradient_error"] < 1e-4
+    assert written["seconds"] > 0
+    assert written["config"]["algorithm"] == algorithm
+    assert [line["iteration"] for line in log(folder)] == [1, 2, 3, 4, 5, 6]
+    assert all(math.isfinite(line["loss"]) for line in log(folder))
+    assert folder.plot.read_bytes().startswith(b"\x89PNG")
+    assert "baseline" in results.table(config(algorithm=algorithm))
+    assert not list(folder.path.glob("*.partial"))
+
+
+def test_backends_agree(tmp_path, languages):
+    folders = {backend: Folder(tmp_path / backend) for backend in ("fused", "reference")}
+    for backend, folder in folders.items():
+        run_tiny(folder, languages, backend=backend)
+    for fused, reference in zip(*(log(folder) for folder in folders.values()), strict=True):
+        assert abs(fused["loss"] - reference["loss"]) < 1e-4
+
+
+def interrupt_after(monkeypatch, steps):
+    """Ctrl-C in the middle of a step."""
+    real, taken = training._step, []
+
+    def step(*args):
+        taken.append(1)
+        if len(taken) == steps:
+            signal.raise_signal(signal.SIGINT)
+        return real(*args)
+
+    monkeypatch.setattr(training, "_step", step)
+
+
+def test_interrupted_and_resumed_is_the_same_run(tmp_path, languages, monkeypatch):
+    whole, parts = Folder(tmp_path / "whole"), Folder(tmp_path / "parts")
+    run_tiny(whole, languages)
+    with monkeypatch.context() as patched:
+        interrupt_after(patched, 4)
+        with pytest.raises(KeyboardInterrupt):
+            run_tiny(parts, languages)
+    assert read_settings(parts)[1]["iteration"] == 4
+    with parts.log.open("a") as file:  # as if it had been killed two steps after its last checkpoint
+        file.write('{"iteration": 5}\n{"iteration": 6}\n')
+    run_tiny(parts, languages, resume=True)
+    assert log(parts) == log(whole)
+    expected = parameters(whole)
+    for name, value in parameters(parts).items():
+        assert torch.equal(value, expected[name]), name
+    accuracies = [json.loads(folder.result.read_text())["accuracy"] for folder in (whole, parts)]
+    assert accuracies[0] == accuracies[1]
+
+
+def test_a_failure_in_training_leaves_the_last_checkpoint(folder, languages, monkeypatch):
+    monkeypatch.setattr(training, "SAVE_EVERY", 2)
+    real, taken = training._step, []
+
+    def step(*args):
+        taken.append(1)
+        if len(taken) == 4:
+            raise FloatingPointError("a loss")
+        return real(*args)
+
+    monkeypatch.setattr(training, "_step", step)
+    with pytest.raises(FloatingPointError):
+        run_tiny(folder, languages)
+    assert read_settings(folder)[1]["iteration"] == 2
+    assert not folder.result.exists()
+
+
+def test_an_earlier_run_is_set_aside(folder, languages):
+    run_tiny(folder, languages)
+    before = folder.result.read_text()
+    run_tiny(folder, languages, config(seed=1))
+    assert (folder.path.with_name("run.previous") / "metrics.json").read_text() == before
+    assert json.loads(folder.result.read_text())["config"]["seed"] == 1
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, languages):
+    (tmp_path / "file").write_text("something")
+    with pytest.raises(ValueError, match="out: expected a folder that can be written"):
+        run_tiny(Folder(tmp_path / "file" / "run"), languages)
+    assert (tmp_path / "file").read_text() == "something"
+
+
+def test_nothing_to_resume(folder, languages):
+    with pytest.raises(ValueError, match=r"resume: expected a checkpoint in .* found none"):
+        run_tiny(folder, languages, resume=True)
+
+
+def test_resuming_with_other_settings_says_which(folder, languages):
+    run_tiny(folder, languages)
+    with pytest.raises(ValueError, match=r"resume: .* shots is 2, asked for is 1"):
+        run_tiny(folder, languages, config(shots=1), resume=True)
+
+
+def test_a_checkpoint_of_another_architecture(folder):
+    small, large = config(), config(width=16)
+    model = large.model()
+    optimizer = torch.optim.Adam(model.parameters())
+    folder.path.mkdir()
+    save(folder, small, Progress(model, optimizer, torch.Generator()))
+    with pytest.raises(ValueError, match=r"tokens.weight has shape \[256, 16\], the model's \[256, 8\]"):
+        load_model(folder, small.model())
+    with pytest.raises(ValueError, match=r"layers\.1.* is missing"):
+        load_model(folder, config(width=16, layers=2).model())
+    folder.tensors.write_bytes(b"not tensors")
+    with pytest.raises(ValueError, match="checkpoint: expected tensors in"):
+        load_model(folder, small.model())
+
+
+def test_training_learns(languages, folder):
+    settings = config(iterations=30, width=16, outer_lr=0.02)
+    folder.path.mkdir()
+    progress = start(settings, folder, resume=False)
+    train(settings, languages.training, folder, progress, quiet=True)
+    rates = {0: settings.inner_lr, 2: settings.inner_lr}
+    found = accuracy_after(progress.model, rates, settings, languages.test, 30, seed=1)
+    assert abs(found[0].mean - 1 / 3) < 0.1
+    assert found[2].mean > 0.8
+
+
+def test_accuracy_is_the_same_for_the_same_seed_and_has_an_interval(languages):
+    settings = config()
+    arguments = (settings.model(), {1: 0.1}, settings, languages.test, 25)
+    assert accuracy_after(*arguments, seed=3) == accuracy_after(*arguments, seed=3)
+    assert accuracy_after(*arguments, seed=3)[1].episodes == 25
+
+
+def test_the_baseline_keeps_its_body_under_a_new_head():
+    model = config().model(classes=7)
+    torch.nn.init.ones_(model.head.weight)
+    fresh = with_new_head(config(), model)
+    assert torch.equal(fresh.tokens.weight, model.tokens.weight)
+    assert fresh.head.weight.shape == (3, 8)
+    assert not fresh.head.weight.any()
+
+
+def test_the_first_parameters_depend_on_the_seed_alone():
+    torch.manual_seed(1)
+    first = config().model().state_dict()
+    torch.manual_seed(2)
+    again, other = config().model().state_dict(), config(seed=1).model().state_dict()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["tokens.weight"], other["tokens.weight"])
+
+
+@pytest.fixture
+def trained(folder, languages):
+    run_tiny(folder, languages, config(iterations=30, width=16, outer_lr=0.02))
+    return folder
+
+
+def test_adapt(trained, texts):
+    chosen = {label: texts[label] for label in ("efgh", "mnop")}
+    examples = adapt(trained, chosen, shots=4, steps=10)
+    assert len(examples) == 2 * (16 - 4)
+    assert sum(example.after == example.label for example in examples) > 0.9 * len(examples)
+    assert all(example.text in chosen[example.label] for example in examples)
+    assert {example.before for example in examples} <= set(chosen)
+
+
+def test_adapt_refuses(trained, texts):
+    with pytest.raises(ValueError, match="labels: expected 2 to 3, as many as the checkpoint tells apart, got 4"):
+        adapt(trained, texts)
+    with pytest.raises(ValueError, match="shots: expected fewer than the 16 texts of 'abcd', got 16"):
+        adapt(trained, {label: texts[label] for label in ("abcd", "efgh")}, shots=16)
+    with pytest.raises(ValueError, match="checkpoint: expected a checkpoint of the demo in"):
+        adapt(Folder(trained.path / "nowhere"), {"a": ["b"], "c": ["d"]})
+
+
+def test_adapt_command(trained, tmp_path, capsys):
+    file = tmp_path / "names.csv"
+    rows = [f"{first + second},{name}" for name in ("abc", "xyz") for first in name for second in name]
+    file.write_text("text,label\n" + "\n".join(rows) + "\n")
+    assert main(["adapt", "--checkpoint", str(trained.path), "--file", str(file), "--show", "2"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("before: ") == 4
+    assert "accuracy on 14 texts" in out
+    assert main(["adapt", "--checkpoint", str(trained.path), "--file", str(tmp_path / "none.csv")]) == 1
+    assert "none.csv" in capsys.readouterr().err
+    pytest.importorskip("babel", reason="Babel is not installed")
+    assert main(["adapt", "--checkpoint", str(trained.path), "--languages", "ka,hy,xx"]) == 1
+    assert "languages: expected codes among" in capsys.readouterr().err
+
+
+def test_demo_command_refuses(tmp_path, capsys):
+    assert main(["demo", "--ways", "0", "--out", str(tmp_path)]) == 1
+    assert "ways: expected at least 1, got 0" in capsys.readouterr().err
+    assert main(["demo", "--resume", "--out", str(tmp_path)]) == 1
+    assert "resume: expected a checkpoint" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["demo", "--algorithm", "sgd"])
+
+
+def test_info_command(capsys):
+    assert main(["info"]) == 0
+    assert f"metafast: {metafast.__version__}" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(os.name != "posix", reason="file modes are POSIX's")
+@pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_folder(tmp_path, languages):
+    tmp_path.chmod(0o500)
+    with pytest.raises(ValueError, match="out: expected a folder that can be written"):
+        run_tiny(Folder(tmp_path / "run"), languages)

@@ -1,0 +1,475 @@
+"""The task update against torch.optim.SGD, autograd through its formula, and finite differences."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import itertools
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from metafast.backend import BackendUnavailableError, use_backend
+from metafast.inner import SGD
+from metafast.ops.task_update import task_update
+
+Shapes = Sequence[tuple[int, ...]]
+
+TASKS = 3
+SHAPES: Shapes = [(5, 7), (700,), (), (0, 4), (2, 3, 2)]
+SHARED = [True, False, True, False, False]
+RULES = [
+    SGD(0.1),
+    SGD(0.1, weight_decay=0.2, maximize=True),
+    SGD(0.1, momentum=0.9),
+    SGD(0.1, momentum=0.9, dampening=0.3, weight_decay=0.2),
+    SGD(0.1, momentum=0.9, nesterov=True),
+    SGD(0.1, momentum=0.9, nesterov=True, weight_decay=0.2, maximize=True),
+]
+FEW_RULES = [RULES[0], RULES[3], RULES[5]]
+RATES = ["numbers", "one", "a tensor", "a parameter", "mixed"]
+BACKENDS = ["fused", "reference"]
+
+
+def randoms(shapes: Shapes, seed: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype) for shape in shapes]
+
+
+class Call:
+    """A call of the op as a function of all its tensors, in one flat tuple."""
+
+    def __init__(
+        self,
+        rule: SGD,
+        rates: str = "numbers",
+        first: bool = False,
+        shapes: Shapes = SHAPES,
+        shared: Sequence[bool] = SHARED,
+        dtype: torch.dtype = torch.float64,
+    ) -> None:
+        self.rule = rule
+        self.count = len(shapes)
+        self.stateful = rule.momentum != 0 and not first
+        self.rates = rates
+        mixed = [shape if i % 2 else () for i, shape in enumerate(shapes)]
+        sizes = {"numbers": [], "one": [()], "a tensor": [()] * self.count, "a parameter": shapes, "mixed": mixed}[
+            rates
+        ]
+        rows = [(TASKS, *shape) for shape in shapes]
+        params = [shape if one else row for shape, row, one in zip(shapes, rows, shared, strict=True)]
+        self.tensors = randoms([*params, *rows, *(rows if self.stateful else []), *sizes, *sizes], 0, dtype)
+
+    def leaves(self) -> list[Tensor]:
+        return [tensor.clone().requires_grad_() for tensor in self.tensors]
+
+    def arguments(self, flat: Sequence[Tensor]) -> tuple[Any, ...]:
+        """params, grads, state, rates"""
+        groups = [
+            list(flat[i : i + self.count]) for i in range(0, (3 if self.stateful else 2) * self.count, self.count)
+        ]
+        rest = flat[len(groups) * self.count :]
+        lrs, decays = list(rest[: len(rest) // 2]), list(rest[len(rest) // 2 :])
+        rates: dict[str, Any] | None = {"lr": lrs, "weight_decay": decays} if lrs else None
+        if self.rates == "one":
+            rates = {"lr": lrs[0], "weight_decay": decays[0]}
+        return groups[0], groups[1], {"momentum_buffer": groups[2]} if self.stateful else None, rates
+
+    def __call__(self, *flat: Tensor, backend: str = "fused") -> tuple[Tensor, ...]:
+        params, grads, state, rates = self.arguments(flat)
+        new_params, new_state = task_update(self.rule, params, grads, state, rates=rates, backend=backend)
+        return (*new_params, *(buffer for buffers in new_state.values() for buffer in buffers))
+
+    def formula(self, *flat: Tensor) -> tuple[Tensor, ...]:
+        """torch.optim.SGD's algorithm as its documentation states it."""
+        rule = self.rule
+        params, grads, state, rates = self.arguments(flat)
+        new_params, new_buffers = [], []
+        for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
+            lr: Any = rule.lr
+            decay: Any = rule.weight_decay
+            if rates is not None:
+                lr, decay = (rate if isinstance(rate, Tensor) else rate[i] for rate in rates.values())
+            grad = (-grad if rule.maximize else grad) + decay * param
+            if rule.momentum:
+                old = None if state is None else state["momentum_buffer"][i]
+                buffer = grad if old is None else rule.momentum * old + (1 - rule.dampening) * grad
+                new_buffers.append(buffer)
+                grad = grad + rule.momentum * buffer if rule.nesterov else buffer
+            new_params.append(param - lr * grad)
+        return (*new_params, *new_buffers)
+
+
+def assert_equal(actual: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float = 1e-12) -> None:
+    assert len(actual) == len(expected)
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_steps_equal_torch_optim(rule: SGD, backend: str) -> None:
+    start = randoms(SHAPES, 1)
+    gradients = [randoms([(TASKS, *shape) for shape in SHAPES], 10 + step) for step in range(4)]
+    params, state = start, None
+    for step, grads in enumerate(gradients):
+        params, state = task_update(rule, params, grads, state, step=step, backend=backend)
+    for task in range(TASKS):
+        expected = [torch.nn.Parameter(tensor.clone()) for tensor in start]
+        optimizer = torch.optim.SGD(expected, **dataclasses.asdict(rule))
+        for grads in gradients:
+            for param, grad in zip(expected, grads, strict=True):
+                param.grad = grad[task].clone()
+            optimizer.step()
+        assert_equal([param[task] for param in params], [param.detach() for param in expected])
+        buffers = [optimizer.state[param]["momentum_buffer"] for param in expected] if rule.momentum else []
+        assert state is not None
+        assert_equal([buffer[task] for buffer in state.get("momentum_buffer", [])], buffers)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rates", RATES)
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_vjp_equals_autograd_through_the_formula(rule: SGD, rates: str, backend: str) -> None:
+    for first in (True, False):
+        call = Call(rule, rates, first)
+        leaves = call.leaves()
+        outputs, expected = call(*leaves, backend=backend), call.formula(*leaves)
+        assert_equal(outputs, expected)
+        cotangents = randoms([tuple(output.shape) for output in outputs], 9)
+        products = torch.autograd.grad(outputs, leaves, cotangents)
+        assert_equal(products, torch.autograd.grad(expected, leaves, cotangents))
+
+
+@pytest.mark.parametrize("rates", ["numbers", "one", "a parameter"])
+@pytest.mark.parametrize("rule", FEW_RULES, ids=str)
+def test_derivatives_equal_finite_differences(rule: SGD, rates: str) -> None:
+    call = Call(rule, rates, shapes=[(2,), (0,), ()], shared=[True, False, False])
+    assert torch.autograd.gradcheck(call, call.leaves(), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(call, call.leaves(), check_fwd_over_rev=True)
+
+
+Function = Callable[..., tuple[Tensor, ...]]
+
+
+def gradient(function: Function) -> Function:
+    def scalar(*x: Tensor) -> Tensor:
+        return torch.stack([(output**3).sum() for output in function(*x)]).sum()
+
+    return lambda *x: torch.func.grad(scalar, tuple(range(len(x))))(*x)
+
+
+def directional(function: Function) -> Function:
+    return lambda *x: torch.func.jvp(function, x, tuple(each.cos() for each in x))[1]
+
+
+def mapped(function: Function) -> Function:
+    return lambda *x: torch.func.vmap(function)(*(torch.stack([each, each.sin()]) for each in x))
+
+
+def mapped_over_one(function: Function) -> Function:
+    return lambda x, *rest: torch.func.vmap(lambda one: function(one, *rest), in_dims=1)(torch.stack([x, x.sin()], 1))
+
+
+TRANSFORMS: dict[str, Callable[[Function], Function]] = {
+    "grad": gradient,
+    "grad of grad": lambda function: gradient(gradient(function)),
+    "jvp": directional,
+    "jvp of grad": lambda function: directional(gradient(function)),
+    "grad of jvp": lambda function: gradient(directional(function)),
+    "vmap": mapped,
+    "vmap over one": mapped_over_one,
+    "vmap of grad": lambda function: mapped(gradient(function)),
+    "grad of vmap": lambda function: gradient(mapped(function)),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("rates", ["numbers", "one", "mixed"])
+@pytest.mark.parametrize("rule", FEW_RULES, ids=str)
+def test_func_transforms_equal_those_of_the_formula(rule: SGD, rates: str, transform: str) -> None:
+    call = Call(rule, rates, shapes=[(4,), (2, 3)], shared=[True, False])
+    transformed = TRANSFORMS[transform]
+    assert_equal(transformed(call)(*call.tensors), transformed(call.formula)(*call.tensors), 1e-10)
+
+
+@pytest.mark.parametrize("rule", [RULES[0], RULES[3]], ids=str)
+def test_containers_keep_type_and_keys(rule: SGD) -> None:
+    params, grads, _, rates = Call(rule, "mixed").arguments(Call(rule, "mixed").tensors)
+    lrs = rates["lr"]
+    names = ["e", "d", "c", "b", "a"]
+    listed, listed_state = task_update(rule, params, grads, rates={"lr": lrs})
+    tupled, tupled_state = task_update(rule, tuple(params), tuple(grads), rates={"lr": tuple(lrs)})
+    named, named_state = task_update(
+        rule,
+        dict(zip(names, params, strict=True)),
+        dict(sorted(zip(names, grads, strict=True))),
+        rates={"lr": dict(sorted(zip(names, lrs, strict=True)))},
+    )
+    assert (type(listed), type(tupled), type(named), list(named)) == (list, tuple, dict, names)
+    assert_equal(tupled, listed, 0)
+    assert_equal(list(named.values()), listed, 0)
+    assert (
+        list(listed_state) == list(tupled_state) == list(named_state) == (["momentum_buffer"] if rule.momentum else [])
+    )
+    for name, buffers in listed_state.items():
+        assert (type(buffers), type(tupled_state[name]), list(named_state[name])) == (list, tuple, names)
+        assert_equal(list(named_state[name].values()), buffers, 0)
+
+
+def scattered(tensor: Tensor) -> Tensor:
+    """The same numbers, every second one of a larger tensor whose dimensions lie in reverse."""
+    wide = tensor.new_full([2 * size for size in reversed(tensor.shape)], torch.nan)
+    view = wide[tuple(slice(None, None, 2) for _ in tensor.shape)].permute(*reversed(range(tensor.dim())))
+    return view.copy_(tensor)
+
+
+@pytest.mark.parametrize("rates", ["numbers", "a parameter"])
+def test_non_contiguous_inputs(rates: str) -> None:
+    call = Call(RULES[3], rates, shapes=[(4, 6), (5,), (3, 4)], shared=[True, False, False])
+    leaves = call.leaves()
+    changed = [scattered(tensor).requires_grad_() for tensor in call.tensors]
+    assert not any(tensor.is_contiguous() for tensor in changed)
+    outputs, expected = call(*changed), call(*leaves)
+    assert_equal(outputs, expected, 0)
+    cotangents = [scattered(tensor) for tensor in randoms([tuple(output.shape) for output in outputs], 9)]
+    assert_equal(
+        torch.autograd.grad(outputs, changed, cotangents), torch.autograd.grad(expected, leaves, cotangents), 0
+    )
+
+
+def test_parameters_expanded_over_tasks_are_as_shared_ones() -> None:
+    rule = RULES[3]
+    param, grad = randoms([(4, 6), (TASKS, 4, 6)], 0)
+    shared, expanded = param.clone().requires_grad_(), param.clone().requires_grad_()
+    outputs = [task_update(rule, [p], [grad])[0][0] for p in (shared, expanded.expand(TASKS, 4, 6))]
+    assert_equal(outputs[:1], outputs[1:], 0)
+    gradients = [torch.autograd.grad(out.cos().sum(), p)[0] for out, p in zip(outputs, (shared, expanded), strict=True)]
+    assert_equal(gradients[:1], gradients[1:])
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (TASKS, 0)])
+def test_no_tasks_and_no_elements(shape: tuple[int, ...]) -> None:
+    param, lr = torch.ones(shape[1:], requires_grad=True), torch.ones((), requires_grad=True)
+    (new,), _ = task_update(SGD(0.1), [param], [torch.ones(shape)], rates={"lr": lr}, backend="fused")
+    assert new.shape == shape
+    new.sum().backward()
+    assert_equal([param.grad, lr.grad], [torch.zeros(shape[1:]), torch.zeros(())], 0)  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rates", ["numbers", "mixed"])
+def test_lower_precisions_round_once(rates: str, dtype: torch.dtype) -> None:
+    """Exact arithmetic on the same numbers, rounded at the end, to one unit in the last place of each result's sums."""
+    call = Call(RULES[3], rates, dtype=dtype)
+    leaves, exact = call.leaves(), [tensor.double().requires_grad_() for tensor in call.tensors]
+    outputs, expected = call(*leaves), call.formula(*exact)
+    cotangents = randoms([tuple(output.shape) for output in outputs], 9, dtype)
+    products = torch.autograd.grad(outputs, leaves, cotangents)
+    exact_products = torch.autograd.grad(expected, exact, [cotangent.double() for cotangent in cotangents])
+    for one, other in zip((*outputs, *products), (*expected, *exact_products), strict=True):
+        assert one.dtype == dtype
+        torch.testing.assert_close(one.double(), other, rtol=torch.finfo(dtype).eps, atol=4e-6)
+
+
+def test_dtypes_may_differ_between_parameters() -> None:
+    dtypes = [torch.float32, torch.bfloat16, torch.float64, torch.float16, torch.float32]
+    call = Call(RULES[3], "a parameter")
+    flat = [tensor.to(dtypes[i % len(dtypes)]) for i, tensor in enumerate(call.tensors)]
+    for i, output in enumerate(call(*flat)):
+        assert output.dtype == dtypes[i % len(dtypes)]
+        alone = Call(RULES[3], "a parameter", shapes=[SHAPES[i % 5]], shared=[SHARED[i % 5]])
+        assert_equal([output], [alone(*flat[i % 5 :: 5])[i // 5]], 0)
+
+
+def test_result_does_not_depend_on_the_number_of_threads() -> None:
+    call = Call(RULES[3], "one", shapes=[(300, 400), (64,), (70_000,), (3,)], shared=[True, False, False, True])
+    call.tensors = [tensor.float() for tensor in call.tensors]
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            leaves = call.leaves()
+            outputs = call(*leaves)
+            found.append([*outputs, *torch.autograd.grad(outputs, leaves, [out.detach() for out in outputs])])
+    finally:
+        torch.set_num_threads(threads)
+    for others in found[1:]:
+        assert_equal(others, found[0], 0)
+
+
+def test_more_tensors_than_threads_or_chunks() -> None:
+    count = 300
+    call = Call(
+        RULES[4], "a tensor", shapes=[(i % 37,) for i in range(count)], shared=[i % 2 == 0 for i in range(count)]
+    )
+    leaves = call.leaves()
+    outputs, expected = call(*leaves), call.formula(*leaves)
+    assert_equal(outputs, expected)
+    cotangents = randoms([tuple(output.shape) for output in outputs], 9)
+    assert_equal(torch.autograd.grad(outputs, leaves, cotangents), torch.autograd.grad(expected, leaves, cotangents))
+
+
+def test_fixed_rates_keep_no_tensor_for_the_backward_pass() -> None:
+    param, leaf = torch.ones(5, requires_grad=True), torch.ones(TASKS, 5, requires_grad=True)
+    grad = leaf.mul(2)
+    kept = weakref.ref(grad)
+    (new,), _ = task_update(SGD(0.1, weight_decay=0.1), [param], [grad], backend="fused")
+    del grad
+    gc.collect()
+    assert kept() is None
+    new.sum().backward()
+    torch.testing.assert_close(leaf.grad, torch.full((TASKS, 5), -0.2))
+
+
+def test_first_order_gradients_need_no_gradient() -> None:
+    start, grad = torch.ones(TASKS, 5, requires_grad=True), torch.ones(TASKS, 5)
+    (new,), _ = task_update(SGD(0.1), [start], [grad], backend="fused")
+    new.mul(3).sum().backward()
+    torch.testing.assert_close(start.grad, torch.full((TASKS, 5), 3.0))
+    assert grad.grad is None
+
+
+def test_backend_is_chosen_in_the_forward_pass() -> None:
+    param, grad = torch.ones(5, requires_grad=True), torch.ones(TASKS, 5)
+    names = {}
+    for backend in BACKENDS:
+        with use_backend(backend):
+            (new,), _ = task_update(SGD(0.1), [param], [grad])
+        assert new.grad_fn is not None
+        names[backend] = new.grad_fn.name()
+        new.sum().backward()
+    assert names["fused"] != names["reference"]
+
+
+def test_device_without_kernels() -> None:
+    param, grad = torch.ones(5, device="meta"), torch.ones(TASKS, 5, device="meta")
+    with pytest.raises(BackendUnavailableError, match=r"task_update: .*no kernel for device 'meta'"):
+        task_update(SGD(0.1), [param], [grad], backend="fused")
+    assert task_update(SGD(0.1), [param], [grad])[0][0].shape == (TASKS, 5)
+
+
+def test_ops_are_registered_as_they_behave() -> None:
+    call = Call(RULES[3], "mixed")
+    params, grads, state, rates = call.arguments(call.tensors)
+    numbers = (0.1, 0.9, 0.3, False, 0.2, False)
+    groups = (params, grads, state["momentum_buffer"], rates["lr"], rates["weight_decay"])
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.metafast.sgd_update.default, (*groups, *numbers), test_utils=tests)
+    for needed in ([True] * 5, [False, True, False, True, False]):
+        arguments = (grads, grads, *groups, *numbers, False, SHARED, needed)
+        torch.library.opcheck(torch.ops.metafast.sgd_update_vjp.default, arguments, test_utils=tests)
+
+
+P, G = torch.ones(4), torch.ones(2, 4)
+M = SGD(0.1, momentum=0.9)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "arguments", "keywords"),
+    [
+        (TypeError, "rule: expected a rule of metafast.inner, got float", (0.1, [P], [G]), {}),
+        (TypeError, "params: expected a list, tuple or dict of tensors, got Tensor", (M, P, G), {}),
+        (ValueError, "params: expected at least one tensor", (M, [], []), {}),
+        (TypeError, r"params\['w'\]: expected a tensor, got int", (M, {"w": 1}, {"w": G}), {}),
+        (TypeError, "params.0.: expected float32, .* got torch.int64", (M, [P.long()], [G.long()]), {}),
+        (TypeError, "grads: expected a dict, as params is, got list", (M, {"w": P}, [G]), {}),
+        (TypeError, "grads: expected a list or tuple, as params is, got dict", (M, [P], {"w": G}), {}),
+        (ValueError, "grads: expected the keys of params, .*: v", (M, {"w": P}, {"w": G, "v": G}), {}),
+        (ValueError, "grads: expected 1 tensors, one a parameter tensor, got 2", (M, [P], [G, G]), {}),
+        (ValueError, r"grads.0.: expected the parameter's shape \(4,\), .* got \(2, 3\)", (M, [P], [G[:, 1:]]), {}),
+        (ValueError, r"grads.0.: expected the parameter's shape \(\), .* got \(\)", (M, [P[0]], [G[0, 0]]), {}),
+        (ValueError, "grads.1.: expected 2 tasks, .* got shape .1, 4.", (M, [P, P], [G, G[:1]]), {}),
+        (
+            TypeError,
+            "grads.0.: expected the parameter's dtype torch.float32, got torch.float64",
+            (M, [P], [G.double()]),
+            {},
+        ),
+        (ValueError, "grads.0.: expected the device cpu", (M, [P], [G.to("meta")]), {}),
+        (ValueError, "grads.0.: expected a dense tensor", (M, [P], [G.to_sparse()]), {}),
+        (TypeError, "state: expected None or what the previous step returned, got list", (M, [P], [G], [G]), {}),
+        (ValueError, "state: expected the keys momentum_buffer, got exp_avg", (M, [P], [G], {"exp_avg": [G]}), {}),
+        (ValueError, "state: expected nothing for SGD", (SGD(0.1), [P], [G], {"momentum_buffer": [G]}), {}),
+        (ValueError, "state: expected what step 2 returned, with momentum_buffer", (M, [P], [G]), {"step": 3}),
+        (
+            ValueError,
+            "state.'momentum_buffer'..0.: expected .* .2, 4., got .4,.",
+            (M, [P], [G], {"momentum_buffer": [P]}),
+            {},
+        ),
+        (TypeError, "rates: expected None or a dict", (M, [P], [G]), {"rates": P}),
+        (ValueError, "rates: expected keys among lr, weight_decay, got eps", (M, [P], [G]), {"rates": {"eps": P}}),
+        (
+            ValueError,
+            "rates.'lr'.: expected a tensor without dimensions, .* got shape .4,.",
+            (M, [P], [G]),
+            {"rates": {"lr": P}},
+        ),
+        (ValueError, "rates.'lr'.: expected 1 tensors", (M, [P], [G]), {"rates": {"lr": [P, P]}}),
+        (
+            ValueError,
+            "rates.'lr'..0.: expected no dimensions or .* .4,., got .2, 4.",
+            (M, [P], [G]),
+            {"rates": {"lr": [G]}},
+        ),
+        (TypeError, "rates.'lr'..0.: expected the parameter's dtype", (M, [P], [G]), {"rates": {"lr": [P.half()]}}),
+        (
+            TypeError,
+            "rates.'lr'.: expected float32, .* got torch.int64",
+            (M, [P], [G]),
+            {"rates": {"lr": torch.tensor(1)}},
+        ),
+        (TypeError, "step: expected an int, got float", (M, [P], [G]), {"step": 1.0}),
+        (ValueError, "step: expected at least 0, got -1", (M, [P], [G]), {"step": -1}),
+        (ValueError, "backend: expected one of", (M, [P], [G]), {"backend": "cuda"}),
+    ],
+)
+def test_bad_input_is_named(error: type[Exception], message: str, arguments: Any, keywords: Any) -> None:
+    with pytest.raises(error, match=message):
+        task_update(*arguments, **keywords)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "arguments"),
+    [
+        (ValueError, "lr: expected a finite number of at least 0, got -0.1", {"lr": -0.1}),
+        (ValueError, "lr: expected a finite number of at least 0, got nan", {"lr": float("nan")}),
+        (TypeError, "lr: expected a number, got Tensor", {"lr": torch.tensor(0.1)}),
+        (ValueError, "momentum: expected a finite number of at least 0", {"lr": 0.1, "momentum": -1}),
+        (ValueError, "dampening: expected a finite number, got inf", {"lr": 0.1, "dampening": float("inf")}),
+        (ValueError, "weight_decay: expected a finite number of at least 0", {"lr": 0.1, "weight_decay": -1.0}),
+        (TypeError, "nesterov: expected a bool, got int", {"lr": 0.1, "nesterov": 1}),
+        (ValueError, "nesterov: expected momentum > 0", {"lr": 0.1, "nesterov": True}),
+        (ValueError, "nesterov: .* dampening == 0", {"lr": 0.1, "momentum": 0.9, "nesterov": True, "dampening": 0.1}),
+    ],
+)
+def test_bad_rules_are_named(error: type[Exception], message: str, arguments: dict[str, Any]) -> None:
+    with pytest.raises(error, match=message):
+        SGD(**arguments)
+
+
+def test_rules_are_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        SGD(0.1).lr = 0.2  # type: ignore[misc]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_cuda_equals_cpu(dtype: torch.dtype) -> None:
+    shapes = [*SHAPES, (64, 96), (50_001,)]
+    for rule, rates, first in itertools.product(RULES, RATES, (True, False)):
+        call = Call(rule, rates, first, shapes, [*SHARED, True, False], dtype)
+        found = []
+        for device in ("cpu", "cuda"):
+            leaves = [tensor.to(device).requires_grad_() for tensor in call.tensors]
+            outputs = call(*leaves)
+            cotangents = [one.to(device) for one in randoms([tuple(output.shape) for output in outputs], 9, dtype)]
+            found.append([one.cpu() for one in (*outputs, *torch.autograd.grad(outputs, leaves, cotangents))])
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(one, other)
