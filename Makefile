@@ -41,7 +41,7 @@ bench: install
 
 gpu-check:
 	$(PYTHON) setup.py build_ext --inplace
-	$(PYTHON) -m pytest -p no:cacheprovider -m gpu
+	$(PYTHON) -m pytest tests/test_gpu.py tests/test_attention_triton.py tests/test_task_update.py
 
 gpu-bench:
 	$(PYTHON) setup.py build_ext --inplace

@@ -35,7 +35,7 @@ def run(suites: Sequence[str], out: str) -> int:
     result = folder / f"{_device()}-{'-'.join(suites) or 'all'}.json"
     files = [str(BENCHMARKS / f"test_{suite}.py") for suite in suites or known]
     # The project's options switch the benchmark plugin off for the tests.
-    status = pytest.main([*files, "-q", "-o", "addopts=", "-o", "timeout=0", "--benchmark-only", "--benchmark-quiet",
+    status = pytest.main([*files, "-q", "-o", "addopts=", "--benchmark-only", "--benchmark-quiet",
                           f"--benchmark-json={result}"])  # fmt: skip
     if status != pytest.ExitCode.OK:
         return int(status)

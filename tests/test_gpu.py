@@ -1,0 +1,65 @@
+"""The stack on a GPU: the dispatcher finds the kernels, and whole derivations agree with the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.func import grad, vmap
+
+import metafast
+from metafast.models import EncoderClassifier
+from metafast.testing import ATTENTION_CASES, relative_error, second_order
+
+pytestmark = pytest.mark.gpu
+
+
+def attention(backend):
+    return lambda *args, **options: metafast.scaled_dot_product_attention(*args, **options, backend=backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", ATTENTION_CASES, ids=lambda case: case.name)
+def test_attention_is_as_good_as_eager(case, dtype, generator):
+    inputs = case.inputs(dtype, generator, "cuda")
+    exact = second_order(attention("reference"), inputs.to(torch.float64))
+    eager = second_order(attention("reference"), inputs)
+    for name, value in second_order(attention("fused"), inputs).items():
+        error, bar = relative_error(value, exact[name]), 2 * relative_error(eager[name], exact[name])
+        assert error <= bar + 2 * torch.finfo(dtype).eps, name
+
+
+def test_vmap_of_grad(generator):
+    q, k, v = (torch.randn(3, 2, 2, 20, 16, generator=generator).cuda() for _ in range(3))
+    found, expected = (
+        vmap(grad(lambda *qkv, b=b: attention(b)(*qkv).pow(3).sum(), (0, 1, 2)))(q, k, v)
+        for b in ("fused", "reference")
+    )
+    for a, b in zip(found, expected, strict=True):
+        assert relative_error(a, b) < 1e-5
+
+
+def test_bitwise_deterministic(generator):
+    inputs = ATTENTION_CASES[-1].inputs(torch.bfloat16, generator, "cuda")
+    first, again = (second_order(attention("fused"), inputs) for _ in range(2))
+    for name, value in first.items():
+        assert torch.equal(value, again[name]), name
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_meta_gradient(order, generator):
+    def loss_fn(model, batch):
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    support, query = (
+        (
+            torch.randint(1, 256, (3, n, 16), generator=generator).cuda(),
+            torch.randint(0, 5, (3, n), generator=generator).cuda(),
+        )
+        for n in (4, 5)
+    )
+    model = EncoderClassifier(5, width=32, max_length=16).cuda()
+    meta = metafast.MAML(model, loss_fn, inner=metafast.inner.SGD(lr=0.1), steps=3, order=order)
+    report = metafast.check(meta, support, query, backend="fused", rounds=1)
+    assert report.error < 1e-4
+    assert report.peak_bytes > 0
