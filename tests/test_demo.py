@@ -49,7 +49,7 @@ def texts() -> dict[str, list[str]]:
 @pytest.fixture(scope="module")
 def languages(texts) -> Languages:
     names = LabelledText(texts, TINY["max_length"])
-    return Languages(names, names, names, names)
+    return Languages(names, names, names, names, names)
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def test_what_a_run_writes(folder, languages, algorithm):
 def test_backends_agree(tmp_path, languages):
     folders = {backend: Folder(tmp_path / backend) for backend in ("fused", "reference")}
     for backend, folder in folders.items():
-        run_tiny(folder, languages, backend=backend)
+        run_tiny(folder, languages, config(backend=backend))
     for fused, reference in zip(*(log(folder) for folder in folders.values()), strict=True):
         assert abs(fused["loss"] - reference["loss"]) < 1e-4
 
@@ -157,7 +157,7 @@ def test_an_earlier_run_is_set_aside(folder, languages):
     run_tiny(folder, languages)
     before = folder.result.read_text()
     run_tiny(folder, languages, config(seed=1))
-    assert (folder.path.with_name("run.previous") / "metrics.json").read_text() == before
+    assert (folder.path.with_name("run.previous-1") / "metrics.json").read_text() == before
     assert json.loads(folder.result.read_text())["config"]["seed"] == 1
 
 
@@ -189,6 +189,10 @@ def test_a_checkpoint_of_another_architecture(folder):
         load_model(folder, small.model())
     with pytest.raises(ValueError, match=r"layers\.1.* is missing"):
         load_model(folder, config(width=16, layers=2).model())
+    settings = json.loads(folder.settings.read_text())
+    folder.settings.write_text(json.dumps({**settings, "iteration": 3}))
+    with pytest.raises(ValueError, match=r"expected tensors of iteration 3 in .* got those of 0"):
+        load_model(folder, large.model())
     folder.tensors.write_bytes(b"not tensors")
     with pytest.raises(ValueError, match="checkpoint: expected tensors in"):
         load_model(folder, small.model())
@@ -198,7 +202,7 @@ def test_training_learns(languages, folder):
     settings = config(iterations=30, width=16, outer_lr=0.02)
     folder.path.mkdir()
     progress = start(settings, folder, resume=False)
-    train(settings, languages.training, folder, progress, quiet=True)
+    train(settings, languages, folder, progress, quiet=True)
     rates = {0: settings.inner_lr, 2: settings.inner_lr}
     found = accuracy_after(progress.model, rates, settings, languages.test, 30, seed=1)
     assert abs(found[0].mean - 1 / 3) < 0.1
@@ -250,6 +254,8 @@ def test_adapt_refuses(trained, texts):
         adapt(trained, texts)
     with pytest.raises(ValueError, match="shots: expected fewer than the 16 texts of 'abcd', got 16"):
         adapt(trained, {label: texts[label] for label in ("abcd", "efgh")}, shots=16)
+    with pytest.raises(ValueError, match="shots, steps: expected at least 1 and 0, got 0 and 10"):
+        adapt(trained, {label: texts[label] for label in ("abcd", "efgh")}, shots=0)
     with pytest.raises(ValueError, match="checkpoint: expected a checkpoint of the demo in"):
         adapt(Folder(trained.path / "nowhere"), {"a": ["b"], "c": ["d"]})
 

@@ -39,6 +39,8 @@ def adapt(
     model = config.model()
     load_model(folder, model)
     shots = config.shots if shots is None else shots
+    if shots < 1 or steps < 0:
+        raise ValueError(f"shots, steps: expected at least 1 and 0, got {shots} and {steps}")
     labels = list(texts)
     if not 2 <= len(labels) <= config.ways:
         raise ValueError(

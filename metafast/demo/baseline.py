@@ -16,7 +16,7 @@ from metafast.tasks.text import LabelledText
 BATCH = 128
 LEARNING_RATE = 1e-3
 # Of fine-tuning; chosen on validation languages, for each number of steps apart.
-FINE_TUNING_RATES = (0.03, 0.1, 0.3, 1.0)
+FINE_TUNING_RATES = (0.02, 0.05, 0.1, 0.2)
 
 
 def pretrain(config: Config, names: LabelledText, seconds: float, quiet: bool = False) -> nn.Module:

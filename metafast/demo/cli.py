@@ -27,7 +27,7 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
     for name, text in _HELP.items():
         default = getattr(defaults, name)
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default: {default})")
-    parser.add_argument("--backend", choices=BACKENDS, default="fused", help="default: %(default)s")
+    parser.add_argument("--backend", choices=BACKENDS, default=defaults.backend, help="default: %(default)s")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/demo"), help="folder of the results (default: %(default)s)"
     )
@@ -59,8 +59,8 @@ def _demo(options: argparse.Namespace) -> int:
     folder = Folder(options.out)
     try:
         config = Config(**{field.name: chosen[field.name] for field in fields(Config) if field.name in chosen})
-        results = run(config, folder, backend=options.backend, resume=options.resume)
-    except (ValueError, BackendUnavailableError) as error:
+        results = run(config, folder, resume=options.resume)
+    except (ValueError, OSError, FloatingPointError, BackendUnavailableError) as error:
         print(f"metafast demo: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

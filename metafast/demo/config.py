@@ -31,6 +31,7 @@ class Config:
         inner_lr, outer_lr: learning rates; the outer one falls to 0 along a cosine.
         width, layers, heads, max_length: of the classifier; ``max_length`` in bytes.
         seed: of the first parameters and of the episodes.
+        backend: ``"fused"``, ``"reference"`` or ``"auto"``; their numbers differ by rounding.
     """
 
     algorithm: str = "maml"
@@ -47,6 +48,7 @@ class Config:
     heads: int = 4
     max_length: int = 24
     seed: int = 0
+    backend: str = "fused"
 
     def __post_init__(self) -> None:
         if self.algorithm not in ALGORITHMS:

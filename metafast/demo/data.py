@@ -10,9 +10,10 @@ from metafast.tasks.text import LabelledText
 
 @dataclass(frozen=True)
 class Languages:
-    """Names of the languages that train, choose hyperparameters and test; of the last, those in Latin script apart."""
+    """Names of the languages that train, choose hyperparameters and test; those in Latin script apart, too."""
 
     training: LabelledText
+    training_latin: LabelledText
     validation: LabelledText
     test: LabelledText
     test_latin: LabelledText
@@ -20,6 +21,12 @@ class Languages:
     @classmethod
     def load(cls, max_length: int) -> Languages:
         names = cldr.names()
-        latin = [code for code in cldr.TEST if cldr.script(names[code]) == "LATIN"]
-        sets = (cldr.training_languages(), cldr.VALIDATION, cldr.TEST, latin)
+        training, latin = cldr.training_languages(), {code for code in names if cldr.script(names[code]) == "LATIN"}
+        sets = (
+            training,
+            [code for code in training if code in latin],
+            cldr.VALIDATION,
+            cldr.TEST,
+            [code for code in cldr.TEST if code in latin],
+        )
         return cls(*(LabelledText(cldr.select(codes), max_length) for codes in sets))

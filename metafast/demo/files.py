@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from metafast.demo.config import Config
 _PARAMETER = "model."
 _OPTIMIZER = "optimizer."
 _GENERATOR = "episodes"
+_ITERATION = "iteration"
 
 
 @dataclass(frozen=True)
@@ -54,24 +55,22 @@ class Folder:
         Raises:
             ValueError: the folder cannot be written, or with ``resume`` there is no checkpoint in it.
         """
-        if resume:
-            if not self.settings.exists():
-                raise ValueError(f"resume: expected a checkpoint in {self.path}, found none")
-            return None
-        moved = None
+        if resume and not self.settings.exists():
+            raise ValueError(f"resume: expected a checkpoint in {self.path}, found none")
         try:
-            if self.settings.exists() or self.result.exists():
-                moved = self.path.with_name(self.path.name + ".previous")
-                if moved.exists():
-                    shutil.rmtree(moved)
-                self.path.rename(moved)
             self.path.mkdir(parents=True, exist_ok=True)
             probe = self.path / ".writable"
             probe.touch()
             probe.unlink()
+            if resume or not (self.settings.exists() or self.result.exists()):
+                return None
+            names = (self.path.with_name(f"{self.path.name}.previous-{number}") for number in itertools.count(1))
+            moved = next(path for path in names if not path.exists())
+            self.path.rename(moved)
+            self.path.mkdir()
         except OSError as error:
             raise ValueError(f"out: expected a folder that can be written, got {self.path} ({error})") from error
-        return None if moved is None else str(moved)
+        return str(moved)
 
 
 @dataclass
@@ -106,8 +105,8 @@ def save(folder: Folder, config: Config, progress: Progress) -> None:
     for index, state in progress.optimizer.state_dict()["state"].items():
         tensors |= {f"{_OPTIMIZER}{index}.{name}": torch.as_tensor(value) for name, value in state.items()}
     tensors[_GENERATOR] = progress.episodes.get_state()
-    contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    write(folder.tensors, to_bytes(contiguous, {"iteration": str(progress.iteration)}))
+    tensors[_ITERATION] = torch.tensor(progress.iteration)
+    write(folder.tensors, to_bytes({name: value.detach().cpu().contiguous() for name, value in tensors.items()}))
     write_json(
         folder.settings,
         {
@@ -137,7 +136,8 @@ def load_model(folder: Folder, model: nn.Module) -> dict[str, Tensor]:
     """Fills ``model`` with a checkpoint's parameters and returns the checkpoint's other tensors.
 
     Raises:
-        ValueError: the checkpoint cannot be read, or is of another architecture; the message says what differs.
+        ValueError: the checkpoint cannot be read, its two files are of different iterations, or it is of another
+            architecture; the message says what differs.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load
@@ -146,6 +146,14 @@ def load_model(folder: Folder, model: nn.Module) -> dict[str, Tensor]:
         tensors = load(folder.tensors.read_bytes())
     except (OSError, SafetensorError) as error:
         raise ValueError(f"checkpoint: expected tensors in {folder.tensors} ({error})") from error
+    iteration, expected_iteration = (
+        int(tensors.pop(_ITERATION, torch.tensor(-1))),
+        read_settings(folder)[1]["iteration"],
+    )
+    if iteration != expected_iteration:
+        raise ValueError(
+            f"checkpoint: expected tensors of iteration {expected_iteration} in {folder.tensors}, got those of {iteration}"
+        )
     found = {name.removeprefix(_PARAMETER): tensors.pop(name) for name in list(tensors) if name.startswith(_PARAMETER)}
     expected = model.state_dict()
     differences = [

@@ -17,7 +17,7 @@ from metafast.demo.data import Languages
 from metafast.demo.evaluation import STEPS, accuracy_after
 from metafast.demo.files import Folder
 from metafast.demo.report import Results, write_results
-from metafast.demo.training import start, train
+from metafast.demo.training import episodes, start, train
 
 # Seeds of the evaluation's episodes; those of training start at the run's own seed.
 TEST_SEED, LATIN_SEED, VALIDATION_SEED = 1_000_001, 1_000_002, 1_000_003
@@ -36,7 +36,6 @@ def run(
     config: Config,
     folder: Folder,
     *,
-    backend: str = "fused",
     resume: bool = False,
     effort: Effort | None = None,
     languages: Languages | None = None,
@@ -53,11 +52,11 @@ def run(
     if moved and not quiet:
         print(f"the results of an earlier run are now in {moved}")
     seconds: dict[str, float] = {}
-    with use_backend(backend):
+    with use_backend(config.backend):
         with _timed(seconds, "data"):
             languages = languages or Languages.load(config.max_length)
         progress = start(config, folder, resume)
-        train(config, languages.training, folder, progress, quiet)
+        train(config, languages, folder, progress, quiet)
         seconds["training"] = progress.seconds
         with _timed(seconds, "baseline"):
             baseline = pretrain(config, languages.training, progress.seconds, quiet)
@@ -68,7 +67,7 @@ def run(
             latin = (config, languages.test_latin, effort.latin, LATIN_SEED)
             accuracy, accuracy_latin = (accuracy_after(progress.model, ours, *on) for on in (test, latin))
             theirs, theirs_latin = (accuracy_after(baseline, rates, *on) for on in (test, latin))
-            error = _meta_gradient_error(config, languages, progress.model, backend)
+            error = _meta_gradient_error(config, languages, progress.model)
     results = Results(
         accuracy=accuracy,
         accuracy_latin=accuracy_latin,
@@ -83,10 +82,9 @@ def run(
     return results
 
 
-def _meta_gradient_error(config: Config, languages: Languages, model: torch.nn.Module, backend: str) -> float:
-    generator = torch.Generator().manual_seed(config.seed)
-    batches = languages.training.sample(config.tasks, config.ways, config.shots, config.queries, generator)
-    return meta_gradient_error(config.learner(model), *batches, backend=backend)
+def _meta_gradient_error(config: Config, languages: Languages, model: torch.nn.Module) -> float:
+    batches = episodes(config, languages, torch.Generator().manual_seed(config.seed))
+    return meta_gradient_error(config.learner(model), *batches, backend=config.backend)
 
 
 @contextmanager

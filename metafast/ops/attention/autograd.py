@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from metafast.ops.attention.library import load_kernels
+from metafast.ops.functions import with_signature
 
 _ops = torch.ops.metafast
 
@@ -32,6 +33,7 @@ def attention(
     return Attention.apply(query, key, value, attn_mask, is_causal, scale)[0]
 
 
+@with_signature
 class Attention(Function):
     @staticmethod
     def forward(
@@ -66,6 +68,7 @@ class Attention(Function):
         return Attention.apply(*_batched(info, in_dims, inputs)), (0, 0)
 
 
+@with_signature
 class AttentionBackward(Function):
     @staticmethod
     def forward(
@@ -108,6 +111,7 @@ class AttentionBackward(Function):
         return AttentionBackward.apply(*_batched(info, in_dims, inputs)), (0, 0, 0)
 
 
+@with_signature
 class AttentionJvp(Function):
     @staticmethod
     def forward(
@@ -154,6 +158,7 @@ class AttentionJvp(Function):
         return AttentionJvp.apply(*_batched(info, in_dims, inputs)), 0
 
 
+@with_signature
 class AttentionBackwardJvp(Function):
     @staticmethod
     def forward(

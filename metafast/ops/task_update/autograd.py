@@ -6,7 +6,6 @@ them of the update. Where a rule is linear in its tensors they are the kernels a
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from metafast.inner import Rule
+from metafast.ops.functions import with_signature
 from metafast.ops.task_update import library, reference
 
 __all__ = ["update"]
@@ -72,6 +72,7 @@ class _Layout:
         return _vjp(self.reference, flat[self.results :], flat[: self.results])
 
 
+@with_signature
 class _Update(torch.autograd.Function):
     @staticmethod
     def forward(layout: _Layout, *flat: Tensor) -> Tensors:
@@ -109,6 +110,7 @@ class _Update(torch.autograd.Function):
         return _vmap(_Update, info.batch_size, in_dims[1:], layout, flat)
 
 
+@with_signature
 class _Vjp(torch.autograd.Function):
     """The vector-Jacobian product as a function of the cotangents and, where the update is not linear, its tensors."""
 
@@ -141,11 +143,6 @@ class _Vjp(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], layout: _Layout, *flat: Tensor) -> tuple[Tensors, int]:
         return _vmap(_Vjp, info.batch_size, in_dims[1:], layout, flat)
-
-
-# Function.apply asks for this signature in every call, and working it out takes longer than a small update.
-for _function in (_Update, _Vjp):
-    _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[attr-defined]
 
 
 def _native_vjp(layout: _Layout, cotangents: Tensors, saved: Tensors, needed: list[bool]) -> tuple[list[Tensor], ...]:
