@@ -1,0 +1,148 @@
+"""Compiles every attention kernel for GPUs that need not be there, and reports what each needs of one.
+
+The raw ops themselves are called, with a stand-in for the device that compiles what they would have launched: the report
+cannot disagree with the arguments, tile sizes and specialisations of a real call. Triton's interpreter must be off
+(``TRITON_INTERPRET`` unset before triton is imported).
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from metafast.ops.attention.triton import backward, backward_jvp, forward
+from metafast.ops.attention.triton.launch import Device, executor
+
+ARCHITECTURES = (80, 90, 100)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+HEAD_DIMS = (64, 128)
+
+
+class Compiled(NamedTuple):
+    """What one kernel needs: registers and spilled bytes a thread, shared-memory bytes a program."""
+
+    kernel: str
+    arch: str
+    dtype: str
+    head_dim: int
+    registers: int
+    spills: int
+    shared: int
+
+
+class _Driver:
+    """As much of a Triton driver as compiling needs. Kernels are cached by device, hence a device an architecture."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_device(self) -> int:
+        return self.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+
+class _Target(Device):
+    """Compiles for one architecture what is launched on it, and keeps the result."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+        self.kernels: list[Any] = []
+
+    def capability(self, device: torch.device) -> tuple[int, int] | None:
+        return divmod(self.arch, 10)
+
+    def launch(self, kernel: Any, programs: int, arguments: dict[str, Any], device: torch.device) -> None:
+        self.kernels.append(kernel.warmup(grid=(programs,), **arguments))
+
+
+@contextmanager
+def compiling_for(arch: int) -> Iterator[list[Any]]:
+    """Compiles for ``arch`` what the raw ops launch inside; yields the list of Triton's compiled kernels.
+
+    The ops then take tensors of any device and leave their results undefined.
+    """
+    target, driver = _Target(arch), triton.runtime.driver
+    previous = driver._active  # `driver.active` would look for a GPU
+    driver.set_active(_Driver(arch))
+    token = executor.set(target)
+    try:
+        yield target.kernels
+    finally:
+        executor.reset(token)
+        driver.set_active(previous)
+
+
+def compile_kernels(
+    architectures: Iterable[int] = ARCHITECTURES,
+    dtypes: Iterable[torch.dtype] = DTYPES,
+    head_dims: Iterable[int] = HEAD_DIMS,
+    is_causal: bool = True,
+) -> Iterator[Compiled]:
+    """One row for each kernel, architecture, dtype and head dimension.
+
+    Args:
+        architectures: compute capabilities, such as 90 for sm_90.
+        dtypes: dtypes of query, key and value.
+        head_dims: dimensions of a head, of values too.
+        is_causal: whether attention is causal; there is no mask.
+
+    Raises:
+        RuntimeError: Triton's interpreter is on, so that there is nothing to compile.
+    """
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("compile_kernels: expected TRITON_INTERPRET to be unset when triton is imported")
+    for arch in architectures:
+        for dtype in dtypes:
+            for head_dim in head_dims:
+                tensor = torch.zeros(1, 4, 128, head_dim, dtype=dtype)
+                options = (None, is_causal, head_dim**-0.5)
+                with compiling_for(arch) as kernels:
+                    out, lse = forward(tensor, tensor, tensor, *options)
+                    backward(tensor, tensor, tensor, tensor, out, lse, *options)
+                    backward_jvp(tensor, tensor, tensor, tensor, out, lse, tensor, tensor, tensor, tensor, *options)
+                for compiled in kernels:
+                    registers, spills = resources(compiled)
+                    name, dtype_name = compiled.metadata.name, str(dtype).removeprefix("torch.")
+                    shared = compiled.metadata.shared
+                    yield Compiled(name, f"sm_{arch}", dtype_name, head_dim, registers, spills, shared)
+
+
+def print_report(rows: Iterable[Compiled]) -> None:
+    """Prints rows as they come."""
+    print(f"{'kernel':<28}{'arch':<8}{'dtype':<10}{'head dim':>8}{'registers':>11}{'spills':>8}{'shared':>9}")
+    for row in rows:
+        print(
+            f"{row.kernel:<28}{row.arch:<8}{row.dtype:<10}{row.head_dim:>8}"
+            f"{row.registers:>11}{row.spills:>8}{row.shared:>9}",
+            flush=True,
+        )
+
+
+def resources(compiled: Any) -> tuple[int, int]:
+    """Registers and stack bytes a thread; the kernels put nothing on the stack but what they spill."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = re.search(rf"Function {compiled.metadata.name}:\s+REG:(\d+) STACK:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump: expected the resource usage of {compiled.metadata.name}, got {usage!r}")
+    return int(found[1]), int(found[2])
+
+
+if __name__ == "__main__":
+    print_report(compile_kernels())

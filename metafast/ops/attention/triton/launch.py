@@ -1,0 +1,156 @@
+"""From tensors to launches: flattens leading dimensions, describes strides and masks, and starts kernels."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from metafast.ops.attention.triton.common import Mask, Matrix
+from metafast.ops.attention.triton.config import choose_config
+
+# Offsets inside a tile are computed in 32 bits: larger strides between rows would overflow in a tile of 128 rows.
+LARGEST_ROW_STRIDE = 2**23
+
+
+class Device:
+    """Runs kernels on the device of their arguments."""
+
+    def capability(self, device: torch.device) -> tuple[int, int] | None:
+        """Compute capability; None for the CPU, where only Triton's interpreter can run."""
+        return _capability(device) if device.type == "cuda" else None
+
+    def launch(self, kernel: Any, programs: int, arguments: dict[str, Any], device: torch.device) -> None:
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            kernel[(programs,)](**arguments)
+
+
+# The compile report puts a GPU that need not be there in its place.
+executor: ContextVar[Device] = ContextVar("executor", default=Device())  # noqa: B039 - it has no state
+
+
+class Problem:
+    """One call of attention: its sizes, its mask, and how its tensors are flattened to ``[batch, head, row, column]``.
+
+    Args: as of the raw ops (see the package).
+    """
+
+    def __init__(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float
+    ) -> None:
+        *self.lead, self.heads, self.n_queries, self.head_dim = query.shape
+        self.kv_heads, self.n_keys, self.value_dim = value.shape[-3:]
+        self.batches = math.prod(self.lead)
+        self.dtype, self.device = query.dtype, query.device
+        self.scale, self.is_causal = float(scale), bool(is_causal)
+        self.mask = None if attn_mask is None else self._mask(attn_mask)
+        self.mask_kind = "none" if attn_mask is None else "boolean" if attn_mask.dtype == torch.bool else "additive"
+
+    def flatten(self, tensor: Tensor) -> Tensor:
+        """``[*lead, heads, rows, columns]`` as ``[batch, heads, rows, columns]``; copied if kernels cannot read it."""
+        tensor = tensor.reshape(self.batches, *tensor.shape[-3:])
+        if tensor.stride(-1) != 1 or tensor.stride(-2) > LARGEST_ROW_STRIDE:
+            tensor = tensor.contiguous()
+        return tensor
+
+    def unflatten(self, tensor: Tensor) -> Tensor:
+        return tensor.view(*self.lead, *tensor.shape[1:])
+
+    def empty_statistic(self) -> Tensor:
+        """One float32 a query: ``[*lead, heads, n_queries]``."""
+        return torch.empty(*self.lead, self.heads, self.n_queries, dtype=torch.float32, device=self.device)
+
+    def launch(self, kernel: Any, rows: str, **arguments: Any) -> None:
+        """Starts ``kernel``, one program a block of queries or, where ``rows`` is ``"keys"``, of keys.
+
+        Args:
+            rows: ``"queries"`` or ``"keys"``.
+            arguments: the kernel's own; what all kernels have in common is added here.
+        """
+        place = executor.get()
+        head_block, value_block = (max(16, triton.next_power_of_2(width)) for width in (self.head_dim, self.value_dim))
+        width, precision = max(head_block, value_block), _dot_precision(self.dtype)
+        config = choose_config(kernel.__name__, width, self.dtype.itemsize, precision, place.capability(self.device))
+        if rows == "queries":
+            programs = self.batches * self.heads * triton.cdiv(self.n_queries, config.query_block)
+        else:
+            programs = self.batches * self.kv_heads * triton.cdiv(self.n_keys, config.key_block)
+        if programs == 0:
+            return
+        place.launch(
+            kernel,
+            programs,
+            arguments
+            | {
+                "mask": self.mask,
+                "n_queries": self.n_queries,
+                "n_keys": self.n_keys,
+                "heads": self.heads,
+                "group": self.heads // self.kv_heads,
+                "scale": self.scale,
+                "HEAD_DIM": self.head_dim,
+                "VALUE_DIM": self.value_dim,
+                "HEAD_BLOCK": head_block,
+                "VALUE_BLOCK": value_block,
+                "QUERY_BLOCK": config.query_block,
+                "KEY_BLOCK": config.key_block,
+                "MASK": self.mask_kind,
+                "CAUSAL": self.is_causal,
+                "PRECISION": precision,
+                "num_warps": config.num_warps,
+                "num_stages": config.num_stages,
+            },
+            self.device,
+        )
+
+    def _mask(self, mask: Tensor) -> Mask:
+        """The mask without its broadcast dimensions, its leading ones joined to one; it is never expanded."""
+        full = (*self.lead, self.heads, self.n_queries, self.n_keys)
+        for dim in range(mask.dim()):
+            if mask.stride(dim) == 0:
+                mask = mask.narrow(dim, 0, 1)
+        mask = mask[(None,) * (len(full) - mask.dim())]
+        lead, sizes = mask.shape[:-3], mask.shape[-3:]
+        mask = mask.reshape(-1, *sizes)
+        if any(
+            size > 1 and stride > LARGEST_ROW_STRIDE for size, stride in zip(sizes[1:], mask.stride()[2:], strict=True)
+        ):
+            mask = mask.contiguous()
+        batches = None
+        if 1 < mask.shape[0] < self.batches:
+            batches = torch.arange(mask.shape[0], device=mask.device).view(lead).expand(self.lead).reshape(-1)
+        batch, head, row, column = (
+            stride if size > 1 else 0 for size, stride in zip(mask.shape, mask.stride(), strict=True)
+        )
+        data = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
+        return Mask(data, batches, batch, head, row if sizes[1] > 1 else None, column)
+
+
+def matrix(tensor: Tensor) -> Matrix:
+    """A flattened tensor as an argument of a kernel."""
+    return Matrix(tensor, *tensor.stride()[:3])
+
+
+def empty_like(tensor: Tensor, columns: int | None = None) -> Tensor:
+    """A flattened output in the memory order of ``tensor``, or contiguous where it has another number of columns."""
+    if columns is not None and columns != tensor.shape[-1]:
+        return torch.empty(*tensor.shape[:-1], columns, dtype=tensor.dtype, device=tensor.device)
+    like = torch.empty_like(tensor)
+    # The order inferred for a tensor that is itself broadcast need not end with the columns.
+    return like if like.stride(-1) == 1 else torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+def _dot_precision(dtype: torch.dtype) -> str:
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
