@@ -348,6 +348,15 @@ def test_without_tangent_of_grad_out(dtype: torch.dtype) -> None:
     assert_close_to_exact(case, dtype, with_tangent_grad_out=False)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_a_common_offset_of_keys_costs_no_digits(dtype: torch.dtype) -> None:
+    """Half-precision rounding of dS and of its tangent must not be multiplied by what all keys have in common."""
+    case = next(case for case in CASES if case.key_offset)
+    offset, centred = errors(case, dtype, True), errors(replace(case, key_offset=0.0), dtype, True)
+    for name in ("grad_query", "tangent_grad_query", "tangent_out"):
+        assert offset[name][0] <= 3 * centred[name][0], name
+
+
 @pytest.mark.parametrize("name", ["contiguous", "sequence before heads", "leads swapped"])
 def test_results_have_the_memory_order_of_what_they_belong_to(name: str) -> None:
     query, key, value = (LAYOUTS[name](torch.randn(2, 2, 2, rows, 16)).to(DEVICE) for rows in (5, 7, 7))
