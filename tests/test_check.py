@@ -59,7 +59,9 @@ def test_a_wrong_kernel_is_seen(setting, monkeypatch):
 def test_reptile_without_query(setting):
     meta, support, _ = setting
     reptile = metafast.Reptile(meta.model, loss_fn, inner=metafast.inner.SGD(lr=0.1), steps=3)
-    assert metafast.check(reptile, support, rounds=1).error < 1e-5
+    report = metafast.check(reptile, support, rounds=1)
+    # A difference of almost equal parameters: how much of it is rounding depends on how far they moved.
+    assert report.error <= 2 * report.reference_error < 1e-3
 
 
 def test_bad_meta():
