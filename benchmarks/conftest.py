@@ -43,6 +43,12 @@ def measure(benchmark) -> Callable[..., None]:
             benchmark.extra_info["speedup"] = medians["against"] / medians["call"]
             benchmark.extra_info["baseline"] = baseline
         benchmark.extra_info["what"] = what
+        benchmark.extra_info["environment"] = {
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
+            "gemm": (metafast.build_info()["extension"] or {}).get("gemm"),
+        }
         benchmark.extra_info["peak_bytes"] = peak_memory(call, DEVICE)
         if DEVICE == "cuda":
             benchmark.pedantic(lambda: (call(), torch.cuda.synchronize()), rounds=rounds, warmup_rounds=1)
