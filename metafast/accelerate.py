@@ -103,7 +103,7 @@ class Acceleration:
         self._hooks = []
         for module in model.modules():
             # torch's own leaves (linear, norm, embedding) call no attention; hooks on them would only cost time.
-            if isinstance(module, nn.MultiheadAttention) or _may_call_attention(module):
+            if _may_call_attention(module):
                 self._hooks += [
                     module.register_forward_pre_hook(_enter),
                     module.register_forward_hook(_leave, always_call=True),
