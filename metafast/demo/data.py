@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from metafast.tasks import cldr
@@ -20,13 +21,10 @@ class Languages:
 
     @classmethod
     def load(cls, max_length: int) -> Languages:
-        names = cldr.names()
-        training, latin = cldr.training_languages(), {code for code in names if cldr.script(names[code]) == "LATIN"}
-        sets = (
-            training,
-            [code for code in training if code in latin],
-            cldr.VALIDATION,
-            cldr.TEST,
-            [code for code in cldr.TEST if code in latin],
-        )
+        split = cldr.split()
+
+        def latin(codes: Sequence[str]) -> list[str]:
+            return [code for code in codes if cldr.script(cldr.names()[code]) == "LATIN"]
+
+        sets = (split.training, latin(split.training), split.validation, split.test, latin(split.test))
         return cls(*(LabelledText(cldr.select(codes), max_length) for codes in sets))
