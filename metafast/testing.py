@@ -15,11 +15,18 @@ from torch import Tensor
 AttentionFn = Callable[..., Tensor]
 # The outputs of a second-order step, in the order that second_order() returns them.
 SECOND_ORDER_OUTPUTS = ("out", "grad_query", "grad_key", "grad_value", "gg_query", "gg_key", "gg_value", "gg_grad_out")
+# And of one that differentiates by an additive mask too.
+MASK_OUTPUTS = (*SECOND_ORDER_OUTPUTS[:4], "grad_mask", *SECOND_ORDER_OUTPUTS[4:7], "gg_mask", "gg_grad_out")
+# Dropout's seeds are drawn after this one.
+SEED = 7
 
 
 @dataclass(frozen=True)
 class AttentionCase:
-    """A shape, a mask and a memory order; inputs are drawn fresh from a generator."""
+    """A shape, a mask and a memory order; inputs are drawn fresh from a generator.
+
+    Masks whose names begin with "bias" are differentiated too.
+    """
 
     name: str
     rows: int
@@ -34,6 +41,8 @@ class AttentionCase:
     transposed: bool = False
     scale: float | None = None
     key_offset: float = 0.0
+    dropout_p: float = 0.0
+    window_size: tuple[int | None, int | None] | None = None
 
     def inputs(self, dtype: torch.dtype, generator: torch.Generator, device: str = "cpu") -> AttentionInputs:
         key_heads = self.key_heads or self.heads
@@ -50,10 +59,9 @@ class AttentionCase:
         tangents = tuple(_normal(tuple(x.shape), generator) for x in (query, key, value))
         grad_out = _normal((*query.shape[:-1], value_dim), generator)
         mask = self._mask(generator)
-        if mask is not None and mask.dtype != torch.bool:
-            mask = mask.to(device, dtype)
-        elif mask is not None:
-            mask = mask.to(device)
+        tangent_mask = _normal(tuple(mask.shape), generator) if mask is not None and self.differentiates_mask else None
+        if mask is not None:
+            mask = mask.to(device, torch.bool if mask.dtype == torch.bool else dtype)
         query, key, value, grad_out = (x.to(device, dtype) for x in (query, key, value, grad_out))
         return AttentionInputs(
             query,
@@ -61,13 +69,20 @@ class AttentionCase:
             value,
             grad_out,
             tuple(x.to(device, dtype) for x in tangents),
+            None if tangent_mask is None else tangent_mask.to(device, dtype),
             {
                 "attn_mask": mask,
+                "dropout_p": self.dropout_p,
                 "is_causal": self.is_causal,
                 "scale": self.scale,
                 "enable_gqa": key_heads != self.heads,
+                "window_size": self.window_size,
             },
         )
+
+    @property
+    def differentiates_mask(self) -> bool:
+        return self.mask is not None and self.mask.startswith("bias")
 
     def _mask(self, generator: torch.Generator) -> Tensor | None:
         shape = {
@@ -77,6 +92,11 @@ class AttentionCase:
             "padding": (*self.lead, 1, 1, self.columns),
             "additive": (*self.lead, 1, self.rows, self.columns),
             "additive padding": (*self.lead, 1, 1, self.columns),
+            "lowest": (*self.lead, 1, self.rows, self.columns),
+            "bias": (*self.lead, self.heads, self.rows, self.columns),
+            "bias of heads": (self.heads, self.rows, self.columns),
+            "bias of keys": (*self.lead, 1, 1, self.columns),
+            "bias of a row": (self.columns,),
         }[self.mask]
         if self.mask is None:
             return None
@@ -85,6 +105,14 @@ class AttentionCase:
             keep[..., self.rows // 2, :] = False
         if "padding" in self.mask:
             keep = torch.arange(self.columns).expand(shape) < self.columns - 3
+        if self.mask == "lowest":
+            # The lowest finite number is added, not obeyed: a row of nothing else attends to all keys alike.
+            keep[..., self.rows // 2, :] = False
+            return torch.zeros(shape, dtype=torch.float64).masked_fill(~keep, torch.finfo(torch.float32).min)
+        if self.mask.startswith("bias"):
+            bias = _normal(shape, generator)
+            # Some are forbidden for good, as in a learned bias under a causal mask.
+            return bias.masked_fill(~keep, -torch.inf)
         if self.mask.startswith("additive"):
             return _normal(shape, generator).masked_fill(~keep, -torch.inf)
         return keep
@@ -92,13 +120,17 @@ class AttentionCase:
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """``function(query, key, value, **options)``, a cotangent of its output and directions for its inputs."""
+    """``function(query, key, value, **options)``, a cotangent of its output and directions for its inputs.
+
+    ``tangent_mask`` is None unless the mask is differentiated.
+    """
 
     query: Tensor
     key: Tensor
     value: Tensor
     grad_out: Tensor
     tangents: tuple[Tensor, ...]
+    tangent_mask: Tensor | None
     options: dict[str, Any]
 
     @property
@@ -112,7 +144,8 @@ class AttentionInputs:
             mask = mask.to(dtype)
         query, key, value, grad_out = (x.to(dtype) for x in (*self.qkv, self.grad_out))
         tangents = tuple(x.to(dtype) for x in self.tangents)
-        return AttentionInputs(query, key, value, grad_out, tangents, {**self.options, "attn_mask": mask})
+        tangent_mask = None if self.tangent_mask is None else self.tangent_mask.to(dtype)
+        return AttentionInputs(query, key, value, grad_out, tangents, tangent_mask, {**self.options, "attn_mask": mask})
 
 
 ATTENTION_CASES = (
@@ -138,20 +171,40 @@ ATTENTION_CASES = (
     AttentionCase("one key head, causal", 15, 15, 8, heads=4, key_heads=1, is_causal=True, transposed=True),
     AttentionCase("scale", 12, 13, 8, scale=0.7),
     AttentionCase("keys with an offset", 30, 31, 16, key_offset=30.0),
+    AttentionCase("lowest number", 20, 19, 8, mask="lowest"),
+    AttentionCase("bias", 20, 19, 8, mask="bias"),
+    AttentionCase("bias of heads", 20, 19, 8, mask="bias of heads", heads=4, key_heads=2),
+    AttentionCase("bias of keys", 20, 19, 8, mask="bias of keys", is_causal=True),
+    AttentionCase("bias of a row, two leads", 7, 9, 8, lead=(2, 3), mask="bias of a row"),
+    AttentionCase("window", 40, 37, 8, window_size=(5, 2)),
+    AttentionCase("window without left end", 30, 40, 8, window_size=(None, 3)),
+    AttentionCase("window of the past", 60, 30, 8, window_size=(4, -1), is_causal=True),
+    AttentionCase("window under padding", 40, 40, 8, window_size=(6, 6), mask="padding"),
+    AttentionCase("dropout", 30, 35, 8, dropout_p=0.3),
+    AttentionCase("dropout, causal grouped heads", 33, 33, 8, heads=4, key_heads=2, is_causal=True, dropout_p=0.5),
+    AttentionCase("dropout and bias", 21, 18, 8, value_dim=5, lead=(2, 2), mask="bias of heads", dropout_p=0.2),
     AttentionCase("several panels", 150, 700, 32, lead=(1,), heads=1),
     AttentionCase("several panels, causal", 300, 300, 32, lead=(1,), heads=2, is_causal=True),
+    AttentionCase("several panels of a window", 700, 600, 8, lead=(1,), heads=1, window_size=(50, 20)),
+    AttentionCase("several panels of a bias", 150, 600, 8, lead=(2,), heads=1, mask="bias of heads"),
 )
 
 
 def second_order(function: AttentionFn, inputs: AttentionInputs) -> dict[str, Tensor]:
     """Output, first derivatives and second derivatives of a call, by ``create_graph=True``."""
-    qkv = [x.detach().requires_grad_() for x in inputs.qkv]
+    primals = [x.detach().requires_grad_() for x in inputs.qkv]
+    options, tangents = dict(inputs.options), inputs.tangents
+    if inputs.tangent_mask is not None:
+        options["attn_mask"] = options["attn_mask"].detach().requires_grad_()
+        primals, tangents = [*primals, options["attn_mask"]], (*tangents, inputs.tangent_mask)
     grad_out = inputs.grad_out.detach().requires_grad_()
-    out = function(*qkv, **inputs.options)
-    grads = torch.autograd.grad(out, qkv, grad_out, create_graph=True)
-    seconds = torch.autograd.grad(grads, [*qkv, grad_out], inputs.tangents)
+    with torch.random.fork_rng(devices=[grad_out.device] if grad_out.is_cuda else []):
+        torch.manual_seed(SEED)
+        out = function(*primals[:3], **options)
+    grads = torch.autograd.grad(out, primals, grad_out, create_graph=True)
+    seconds = torch.autograd.grad(grads, [*primals, grad_out], tangents)
     results = (out.detach(), *(grad.detach() for grad in grads), *seconds)
-    return dict(zip(SECOND_ORDER_OUTPUTS, results, strict=True))
+    return dict(zip(SECOND_ORDER_OUTPUTS if len(primals) == 3 else MASK_OUTPUTS, results, strict=True))
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

@@ -7,7 +7,9 @@ from torch import Tensor
 
 from metafast.backend import resolve_backend
 from metafast.ops.attention import autograd, reference
-from metafast.ops.attention.validation import check_arguments, reasons_against_fused
+from metafast.ops.attention.validation import WindowSize, check_arguments, checked_window, reasons_against_fused
+
+_LAST_SEED = 2**63 - 1
 
 
 def scaled_dot_product_attention(
@@ -20,6 +22,7 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     *,
+    window_size: WindowSize | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """``torch.nn.functional.scaled_dot_product_attention``, exact to second order in every mode of differentiation.
@@ -34,11 +37,15 @@ def scaled_dot_product_attention(
         key: ``[..., Hk, Nk, D]``, same dtype and device; leading dimensions broadcast.
         value: ``[..., Hk, Nk, Dv]``; ``Dv`` may differ from ``D``.
         attn_mask: broadcastable to ``[..., Hq, Nq, Nk]``: boolean, True where attention is allowed, or floating, added to
-            the scores. A row that may attend to nothing gives zeros.
-        dropout_p: probability of dropping an attention weight; applied whenever positive, as torch's op does.
+            the scores and differentiable. A row that may attend to nothing gives zeros.
+        dropout_p: probability of dropping an attention weight; applied whenever positive, as torch's op does. The weights
+            that are dropped follow from seeds that torch's generator of the device draws, one for each index of the
+            leading dimensions: the same in every pass, on every backend, and again after ``torch.manual_seed``.
         is_causal: row i attends to columns j ≤ i (aligned at the top left), besides what ``attn_mask`` allows.
         scale: factor of the scores, ``1 / sqrt(D)`` where None.
         enable_gqa: allow ``Hk`` to be a divisor of ``Hq``; query head h then reads key head ``h // (Hq // Hk)``.
+        window_size: ``(left, right)``: row i attends to columns i − left ≤ j ≤ i + right only; None or −1 in it means no
+            limit on that side.
         backend: ``"auto"``, ``"fused"`` or ``"reference"``; None takes :class:`metafast.use_backend`'s choice.
 
     Returns:
@@ -50,32 +57,42 @@ def scaled_dot_product_attention(
     """
     query, key, value = _autocast(query, key, value)
     check_arguments(query, key, value, attn_mask, dropout_p, enable_gqa)
+    left, right = checked_window(window_size)
+    if is_causal:
+        right = 0
     if scale is None:
         scale = 1.0 / math.sqrt(query.shape[-1])
     if attn_mask is not None and attn_mask.dtype != torch.bool:
         attn_mask = attn_mask.to(query.dtype)
-    reasons = reasons_against_fused(query, value, attn_mask, dropout_p)
-    if resolve_backend("scaled_dot_product_attention", backend, reasons) == "reference":
-        headless = query.ndim == 2
-        if headless:
-            query, key, value = query[None], key[None], value[None]
-        out = reference.attention(query, key, value, attn_mask, dropout_p, is_causal, scale)
-        return out[0] if headless else out
-    return _fused(query, key, value, attn_mask, is_causal, scale)
-
-
-def _fused(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float
-) -> Tensor:
+    reasons = reasons_against_fused(query, value)
+    fused = resolve_backend("scaled_dot_product_attention", backend, reasons) == "fused"
     if query.ndim == 2:
-        return _fused(query[None], key[None], value[None], attn_mask, is_causal, scale)[0]
+        query, key, value = query[None], key[None], value[None]
+        return _attention(fused, query, key, value, attn_mask, left, right, dropout_p, scale)[0]
+    return _attention(fused, query, key, value, attn_mask, left, right, dropout_p, scale)
+
+
+def _attention(
+    fused: bool,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    left: int,
+    right: int,
+    dropout_p: float,
+    scale: float,
+) -> Tensor:
     lead = query.shape[:-3]
     if key.shape[:-3] != lead or value.shape[:-3] != lead:
         lead = torch.broadcast_shapes(lead, key.shape[:-3], value.shape[:-3])
         query, key, value = (x.expand(*lead, *x.shape[-3:]) for x in (query, key, value))
     if attn_mask is not None:
-        attn_mask = attn_mask.expand(*query.shape[:-1], key.shape[-2])
-    return autograd.attention(query, key, value, attn_mask, is_causal, scale)
+        # Its broadcast dimensions stay of size 1: so does its gradient.
+        attn_mask = attn_mask.reshape((1,) * (query.ndim - attn_mask.ndim) + attn_mask.shape)
+    seeds = torch.randint(_LAST_SEED, lead, device=query.device) if dropout_p > 0.0 else None
+    function = autograd.attention if fused else reference.attention
+    return function(query, key, value, attn_mask, seeds, left, right, dropout_p, scale)
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

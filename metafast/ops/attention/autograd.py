@@ -1,9 +1,9 @@
-"""How attention is differentiated: three Functions over the four ops of ``library.py``.
+"""How attention is differentiated: four Functions over the ops of ``library.py``.
 
 ``Attention`` is differentiated by ``AttentionBackward`` and ``AttentionJvp``, and each of these by
 ``AttentionBackwardJvp``: the double backward of attention is the JVP of its backward in the direction of the incoming
-cotangents (README.md). ``out`` and ``lse`` are handed on as saved numbers; derivatives by query, key and value are total
-ones, through both. The third derivative raises.
+cotangents (README.md). ``out`` and ``statistics`` are handed on as saved numbers; derivatives by query, key, value and an
+additive mask are total ones, through both. The third derivative raises.
 
 Plain Functions compose under ``torch.func`` where ops with ``register_autograd`` do not (a ``jvp`` of those is silently
 zero), and inside ``torch.compile`` it is the other way round; so compiled code gets the op itself.
@@ -11,7 +11,7 @@ zero), and inside ``torch.compile`` it is the other way round; so compiled code 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -24,52 +24,73 @@ _ops = torch.ops.metafast
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    seeds: Tensor | None,
+    left: int,
+    right: int,
+    dropout_p: float,
+    scale: float,
 ) -> Tensor:
-    """Fused attention of checked arguments: leading dimensions equal, ``attn_mask`` expanded."""
+    """Fused attention of checked arguments, as ``reference.attention``.
+
+    Leading dimensions are equal, but those of ``attn_mask`` may be 1, as may its others.
+    """
     load_kernels()
+    options = (attn_mask, seeds, left, right, dropout_p, scale)
     if torch.compiler.is_compiling():
-        return _ops.attention_forward(query, key, value, attn_mask, is_causal, scale)[0]
-    return Attention.apply(query, key, value, attn_mask, is_causal, scale)[0]
+        return _ops.attention_forward(query, key, value, *options)[0]
+    return Attention.apply(query, key, value, *options)[0]
 
 
 @with_signature
 class Attention(Function):
     @staticmethod
     def forward(
-        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        seeds: Tensor | None,
+        left: int,
+        right: int,
+        dropout_p: float,
+        scale: float,
     ) -> tuple[Tensor, Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
-            return _ops.attention_forward(query, key, value, attn_mask, is_causal, scale)
+            return _ops.attention_forward(query, key, value, attn_mask, seeds, left, right, dropout_p, scale)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        query, key, value, attn_mask, ctx.is_causal, ctx.scale = inputs
-        out, lse = output
-        ctx.mark_non_differentiable(lse)
-        _save(ctx, query, key, value, out, lse, attn_mask)
+        query, key, value, attn_mask, seeds, *ctx.numbers = inputs
+        ctx.mark_non_differentiable(output[1])
+        _save(ctx, query, key, value, *output, attn_mask, seeds)
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-        *saved, attn_mask = ctx.saved_tensors
-        grads = AttentionBackward.apply(grad_out, *saved, attn_mask, ctx.is_causal, ctx.scale)
-        return (*grads, None, None, None)
+    def backward(ctx: Any, grad_out: Tensor, grad_statistics: Tensor) -> tuple[Tensor | None, ...]:
+        by_mask = ctx.needs_input_grad[3]
+        grads = AttentionBackward.apply(grad_out, *ctx.saved_tensors, *ctx.numbers, by_mask)
+        return (*grads[:3], grads[3] if by_mask else None, *(None,) * 5)
 
     @staticmethod
     def jvp(
-        ctx: Any, tangent_query: Tensor, tangent_key: Tensor, tangent_value: Tensor, *_: None
+        ctx: Any, tangent_query: Tensor, tangent_key: Tensor, tangent_value: Tensor, tangent_mask: Tensor | None, *_: Any
     ) -> tuple[Tensor, None]:
-        *saved, attn_mask = ctx.saved_tensors
-        tangents = (tangent_query, tangent_key, tangent_value)
-        return AttentionJvp.apply(*saved, *tangents, attn_mask, ctx.is_causal, ctx.scale), None
+        *saved, attn_mask, seeds = ctx.saved_tensors
+        tangents = (tangent_query, tangent_key, tangent_value, _of_additive(attn_mask, tangent_mask))
+        return AttentionJvp.apply(*saved, *tangents, attn_mask, seeds, *ctx.numbers), None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-        return Attention.apply(*_batched(info, in_dims, inputs)), (0, 0)
+        return Attention.apply(*_batched(info, in_dims, inputs, masks=(3,))), (0, 0)
 
 
 @with_signature
 class AttentionBackward(Function):
+    """Gradients by query, key and value, and with ``by_mask`` by an additive mask."""
+
     @staticmethod
     def forward(
         grad_out: Tensor,
@@ -77,38 +98,54 @@ class AttentionBackward(Function):
         key: Tensor,
         value: Tensor,
         out: Tensor,
-        lse: Tensor,
+        statistics: Tensor,
         attn_mask: Tensor | None,
-        is_causal: bool,
+        seeds: Tensor | None,
+        left: int,
+        right: int,
+        dropout_p: float,
         scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return _ops.attention_backward(grad_out, query, key, value, out, lse, attn_mask, is_causal, scale)
+        by_mask: bool,
+    ) -> tuple[Tensor, ...]:
+        saved = (grad_out, query, key, value, out, statistics)
+        options = (attn_mask, seeds, left, right, dropout_p, scale)
+        grads = _ops.attention_backward(*saved, *options)
+        return (*grads, _ops.attention_mask_backward(*saved, *options)) if by_mask else grads
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, ctx.is_causal, ctx.scale = inputs
+        tensors, (*ctx.numbers, ctx.by_mask) = inputs[:8], inputs[8:]
         _save(ctx, *tensors)
 
     @staticmethod
-    def backward(
-        ctx: Any, tangent_query: Tensor, tangent_key: Tensor, tangent_value: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        *saved, attn_mask = ctx.saved_tensors
-        tangents = (tangent_query, tangent_key, tangent_value)
-        grads = AttentionBackwardJvp.apply(*saved, *tangents, None, attn_mask, ctx.is_causal, ctx.scale)
-        return (*grads, None, None, None, None, None)
+    def backward(ctx: Any, *tangents: Tensor) -> tuple[Tensor | None, ...]:
+        *saved, attn_mask, seeds = ctx.saved_tensors
+        tangent_mask = tangents[3] if ctx.by_mask else None
+        directions = (*tangents[:3], tangent_mask, None)
+        # The mask's share is symmetric: it is wanted where its gradient was.
+        grads = AttentionBackwardJvp.apply(*saved, *directions, attn_mask, seeds, *ctx.numbers, ctx.by_mask)
+        return (*grads[:4], None, None, grads[4] if ctx.by_mask else None, *(None,) * 6)
 
     @staticmethod
     def jvp(
-        ctx: Any, tangent_grad_out: Tensor, tangent_query: Tensor, tangent_key: Tensor, tangent_value: Tensor, *_: Any
+        ctx: Any,
+        tangent_grad_out: Tensor,
+        tangent_query: Tensor,
+        tangent_key: Tensor,
+        tangent_value: Tensor,
+        tangent_out: Tensor | None,
+        tangent_statistics: Tensor | None,
+        tangent_mask: Tensor | None,
+        *_: Any,
     ) -> tuple[Tensor, ...]:
-        *saved, attn_mask = ctx.saved_tensors
-        tangents = (tangent_query, tangent_key, tangent_value, tangent_grad_out)
-        return AttentionBackwardJvp.apply(*saved, *tangents, attn_mask, ctx.is_causal, ctx.scale)[1:]
+        *saved, attn_mask, seeds = ctx.saved_tensors
+        mask = _of_additive(attn_mask, tangent_mask)
+        directions = (tangent_query, tangent_key, tangent_value, mask, tangent_grad_out)
+        return AttentionBackwardJvp.apply(*saved, *directions, attn_mask, seeds, *ctx.numbers, ctx.by_mask)[1:]
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        return AttentionBackward.apply(*_batched(info, in_dims, inputs)), (0, 0, 0)
+        return _all_batched(AttentionBackward.apply(*_batched(info, in_dims, inputs, masks=_unless(inputs[-1], 6))))
 
 
 @with_signature
@@ -119,32 +156,47 @@ class AttentionJvp(Function):
         key: Tensor,
         value: Tensor,
         out: Tensor,
-        lse: Tensor,
+        statistics: Tensor,
         tangent_query: Tensor,
         tangent_key: Tensor,
         tangent_value: Tensor,
+        tangent_mask: Tensor | None,
         attn_mask: Tensor | None,
-        is_causal: bool,
+        seeds: Tensor | None,
+        left: int,
+        right: int,
+        dropout_p: float,
         scale: float,
     ) -> Tensor:
-        tangents = (tangent_query, tangent_key, tangent_value)
-        return _ops.attention_jvp(query, key, value, out, lse, *tangents, attn_mask, is_causal, scale)
+        tangents = (tangent_query, tangent_key, tangent_value, tangent_mask)
+        options = (attn_mask, seeds, left, right, dropout_p, scale)
+        return _ops.attention_jvp(query, key, value, out, statistics, *tangents, *options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, ctx.is_causal, ctx.scale = inputs
-        _save(ctx, *tensors)
+        ctx.numbers = inputs[11:]
+        _save(ctx, *inputs[:11])
 
     @staticmethod
     def backward(ctx: Any, grad_tangent: Tensor) -> tuple[Tensor | None, ...]:
         # <grad_tangent, J t> is linear in the directions t, so their gradient is the ordinary backward; by query, key
-        # and value it is the derivative of that backward in the directions t.
-        query, key, value, out, lse, *tangents, attn_mask = ctx.saved_tensors
-        saved = (grad_tangent, query, key, value, out, lse)
-        options = (attn_mask, ctx.is_causal, ctx.scale)
-        by_tangents = AttentionBackward.apply(*saved, *options)
-        by_inputs = AttentionBackwardJvp.apply(*saved, *tangents, None, *options)[1:]
-        return (*by_inputs, None, None, *by_tangents, None, None, None)
+        # value and mask it is the derivative of that backward in the directions t.
+        *saved, tangent_query, tangent_key, tangent_value, tangent_mask, attn_mask, seeds = ctx.saved_tensors
+        options = (attn_mask, seeds, *ctx.numbers)
+        by_mask = tangent_mask is not None
+        by_tangents = AttentionBackward.apply(grad_tangent, *saved, *options, by_mask)
+        directions = (tangent_query, tangent_key, tangent_value, tangent_mask, None)
+        by_mask_too = ctx.needs_input_grad[9]
+        by_inputs = AttentionBackwardJvp.apply(grad_tangent, *saved, *directions, *options, by_mask_too)[1:]
+        return (
+            *by_inputs[:3],
+            None,
+            None,
+            *by_tangents[:3],
+            by_tangents[3] if by_mask else None,
+            by_inputs[3] if by_mask_too else None,
+            *(None,) * 5,
+        )
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
@@ -155,11 +207,13 @@ class AttentionJvp(Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
-        return AttentionJvp.apply(*_batched(info, in_dims, inputs)), 0
+        return AttentionJvp.apply(*_batched(info, in_dims, inputs, masks=(8, 9))), 0
 
 
 @with_signature
 class AttentionBackwardJvp(Function):
+    """Tangents of the output and of what ``AttentionBackward`` returns."""
+
     @staticmethod
     def forward(
         grad_out: Tensor,
@@ -167,38 +221,45 @@ class AttentionBackwardJvp(Function):
         key: Tensor,
         value: Tensor,
         out: Tensor,
-        lse: Tensor,
+        statistics: Tensor,
         tangent_query: Tensor,
         tangent_key: Tensor,
         tangent_value: Tensor,
+        tangent_mask: Tensor | None,
         tangent_grad_out: Tensor | None,
         attn_mask: Tensor | None,
-        is_causal: bool,
+        seeds: Tensor | None,
+        left: int,
+        right: int,
+        dropout_p: float,
         scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        tangents = (tangent_query, tangent_key, tangent_value, tangent_grad_out)
-        return _ops.attention_backward_jvp(
-            grad_out, query, key, value, out, lse, *tangents, attn_mask, is_causal, scale
-        )
+        by_mask: bool,
+    ) -> tuple[Tensor, ...]:
+        saved = (grad_out, query, key, value, out, statistics)
+        tangents = (tangent_query, tangent_key, tangent_value, tangent_mask, tangent_grad_out)
+        arguments = (*saved, *tangents, attn_mask, seeds, left, right, dropout_p, scale)
+        results = _ops.attention_backward_jvp(*arguments)
+        return (*results, _ops.attention_mask_backward_jvp(*arguments)) if by_mask else results
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         pass
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> None:
+    def backward(ctx: Any, *grads: Tensor) -> NoReturn:
         _raise_third_order()
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> None:
+    def jvp(ctx: Any, *tangents: Any) -> NoReturn:
         _raise_third_order()
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        return AttentionBackwardJvp.apply(*_batched(info, in_dims, inputs)), (0, 0, 0, 0)
+        batched = _batched(info, in_dims, inputs, masks=_unless(inputs[-1], 9, 11))
+        return _all_batched(AttentionBackwardJvp.apply(*batched))
 
 
-def _raise_third_order() -> None:
+def _raise_third_order() -> NoReturn:
     raise NotImplementedError(
         'metafast attention: the fused path is differentiable twice; for a third derivative use backend="reference"'
     )
@@ -209,13 +270,33 @@ def _save(ctx: Any, *tensors: Tensor | None) -> None:
     ctx.save_for_forward(*tensors)
 
 
-def _batched(info: Any, in_dims: tuple[int | None, ...], inputs: tuple[Any, ...]) -> list[Any]:
-    """The inputs with vmap's dimension first: one more leading dimension, which the kernels take in any number."""
+def _of_additive(attn_mask: Tensor | None, tangent: Tensor | None) -> Tensor | None:
+    return tangent if attn_mask is not None and attn_mask.dtype != torch.bool else None
+
+
+def _unless(by_mask: bool, *masks: int) -> tuple[int, ...]:
+    """Where masks are among the inputs, unless their gradients are returned and need the batch dimension in full."""
+    return () if by_mask else masks
+
+
+def _batched(info: Any, in_dims: tuple[int | None, ...], inputs: tuple[Any, ...], masks: tuple[int, ...]) -> list[Any]:
+    """The inputs with vmap's dimension first: one more leading dimension, which the kernels take in any number.
+
+    Those at the positions ``masks`` get a dimension of 1 if all of them are the same for the whole batch.
+    """
+    if any(in_dims[position] is not None for position in masks):
+        masks = ()
     return [
         value
         if not isinstance(value, Tensor)
-        else value.expand(info.batch_size, *value.shape)
-        if dim is None
         else value.movedim(dim, 0)
-        for value, dim in zip(inputs, in_dims, strict=True)
+        if dim is not None
+        else value[None]
+        if position in masks
+        else value.expand(info.batch_size, *value.shape)
+        for position, (value, dim) in enumerate(zip(inputs, in_dims, strict=True))
     ]
+
+
+def _all_batched(outputs: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    return outputs, (0,) * len(outputs)

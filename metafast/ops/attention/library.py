@@ -7,6 +7,7 @@ which cannot trace the Functions of ``autograd.py``; eager calls and ``torch.fun
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,17 +16,20 @@ from torch import Tensor
 from metafast.backend import constant_when_compiled, extension
 
 _library = torch.library.Library("metafast", "FRAGMENT")
-_MASK = "Tensor? attn_mask, bool is_causal, float scale"
+# What all passes are told: the additive or boolean mask, dropout's seeds, the window, dropout's probability, the scale.
+_OPTIONS = "Tensor? attn_mask, Tensor? seeds, int left, int right, float dropout_p, float scale"
 _INPUTS = "Tensor query, Tensor key, Tensor value"
-_SAVED = f"{_INPUTS}, Tensor out, Tensor lse"
-_TANGENTS = "Tensor tangent_query, Tensor tangent_key, Tensor tangent_value"
+_SAVED = f"{_INPUTS}, Tensor out, Tensor statistics"
+_TANGENTS = "Tensor tangent_query, Tensor tangent_key, Tensor tangent_value, Tensor? tangent_mask"
+_SECOND = f"Tensor grad_out, {_SAVED}, {_TANGENTS}, Tensor? tangent_grad_out, {_OPTIONS}"
 
 for _schema in (
-    f"attention_forward({_INPUTS}, {_MASK}) -> (Tensor, Tensor)",
-    f"attention_backward(Tensor grad_out, {_SAVED}, {_MASK}) -> (Tensor, Tensor, Tensor)",
-    f"attention_jvp({_SAVED}, {_TANGENTS}, {_MASK}) -> Tensor",
-    f"attention_backward_jvp(Tensor grad_out, {_SAVED}, {_TANGENTS}, Tensor? tangent_grad_out, {_MASK})"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    f"attention_forward({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)",
+    f"attention_backward(Tensor grad_out, {_SAVED}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    f"attention_jvp({_SAVED}, {_TANGENTS}, {_OPTIONS}) -> Tensor",
+    f"attention_backward_jvp({_SECOND}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"attention_mask_backward(Tensor grad_out, {_SAVED}, {_OPTIONS}) -> Tensor",
+    f"attention_mask_backward_jvp({_SECOND}) -> Tensor",
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -53,11 +57,9 @@ def _output_like(tensor: Tensor, columns: int | None = None) -> Tensor:
 
 
 @torch.library.register_fake("metafast::attention_forward", lib=_library)
-def _(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
+def _(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     statistic = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return _output_like(query, value.shape[-1]), query.new_empty(query.shape[:-1], dtype=statistic)
+    return _output_like(query, value.shape[-1]), query.new_empty((*query.shape[:-1], 2), dtype=statistic)
 
 
 @torch.library.register_fake("metafast::attention_backward", lib=_library)
@@ -77,43 +79,38 @@ def _(
     return _output_like(out), _output_like(query), _output_like(key), _output_like(value)
 
 
-@torch.library.impl(_library, "attention_forward", "CUDA")
-def _(*arguments: Any) -> tuple[Tensor, Tensor]:
-    from metafast.ops.attention import triton
-
-    return triton.forward(*arguments)
-
-
-@torch.library.impl(_library, "attention_backward", "CUDA")
-def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    from metafast.ops.attention import triton
-
-    return triton.backward(*arguments)
-
-
-@torch.library.impl(_library, "attention_jvp", "CUDA")
+@torch.library.register_fake("metafast::attention_mask_backward", lib=_library)
+@torch.library.register_fake("metafast::attention_mask_backward_jvp", lib=_library)
 def _(*arguments: Any) -> Tensor:
-    from metafast.ops.attention import triton
+    attn_mask: Tensor = arguments[-6]
+    return attn_mask.new_empty(attn_mask.shape)
 
-    return triton.jvp(*arguments)[0]
+
+def _triton(name: str) -> Callable[..., Any]:
+    """The function of that name in ``triton/``, which is imported at the first call."""
+
+    def kernel(*arguments: Any) -> Any:
+        from metafast.ops.attention import triton
+
+        return getattr(triton, name)(*arguments)
+
+    return kernel
 
 
-@torch.library.impl(_library, "attention_backward_jvp", "CUDA")
-def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from metafast.ops.attention import triton
-
-    return triton.backward_jvp(*arguments)
+for _name in ("forward", "backward", "jvp", "backward_jvp", "mask_backward", "mask_backward_jvp"):
+    _library.impl(f"attention_{_name}", _triton(_name), "CUDA")
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, attn_mask, ctx.is_causal, ctx.scale = inputs
-    ctx.save_for_backward(query, key, value, *output, attn_mask)
+    query, key, value, attn_mask, seeds, *ctx.numbers = inputs
+    ctx.save_for_backward(query, key, value, *output, attn_mask, seeds)
 
 
-def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    *saved, attn_mask = ctx.saved_tensors
-    grads = torch.ops.metafast.attention_backward(grad_out, *saved, attn_mask, ctx.is_causal, ctx.scale)
-    return (*grads, None, None, None)
+def _backward(ctx: Any, grad_out: Tensor, grad_statistics: Tensor) -> tuple[Tensor | None, ...]:
+    arguments = (grad_out, *ctx.saved_tensors, *ctx.numbers)
+    grads = torch.ops.metafast.attention_backward(*arguments)
+    grad_mask = torch.ops.metafast.attention_mask_backward(*arguments) if ctx.needs_input_grad[3] else None
+    return (*grads, grad_mask, *(None,) * 5)
 
 
 torch.library.register_autograd("metafast::attention_forward", _backward, setup_context=_setup_context, lib=_library)

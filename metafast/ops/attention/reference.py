@@ -5,25 +5,34 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+_WORD = 0xFFFFFFFF
+
 
 def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None,
+    seeds: Tensor | None,
+    left: int,
+    right: int,
     dropout_p: float,
-    is_causal: bool,
     scale: float,
 ) -> Tensor:
-    """softmax(scale Q Kᵀ + mask) V on dense matrices, O(Nq Nk) memory.
+    """dropout(softmax(scale Q Kᵀ + mask)) V on dense matrices, O(Nq Nk) memory.
 
     Args:
         query: ``[*lead, Hq, Nq, D]``.
         key: ``[*lead, Hk, Nk, D]``, where ``Hq`` is a multiple of ``Hk``.
         value: ``[*lead, Hk, Nk, Dv]``.
         attn_mask: None, or boolean (True: may attend) or floating (added), broadcastable to ``[*lead, Hq, Nq, Nk]``.
+        seeds: of the dropout, int64 ``[*lead]``; see :func:`keep_mask`. None without dropout.
+        left, right: row i attends to columns i − left ≤ j ≤ i + right only, besides what ``attn_mask`` allows; −1: no limit.
         dropout_p: probability of dropping a weight.
-        is_causal: row i attends to columns j ≤ i only, besides what ``attn_mask`` allows.
         scale: factor of the scores.
 
     Returns:
@@ -35,12 +44,59 @@ def attention(
     scores = scale * (query @ key.transpose(-1, -2))
     if attn_mask is not None:
         scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
-    if is_causal:
-        below = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-        scores = scores.masked_fill(~below, -torch.inf)
+    if left >= 0 or right >= 0:
+        scores = scores.masked_fill(~window(*scores.shape[-2:], left, right, scores.device), -torch.inf)
     # The softmax of a row of -inf is NaN, with NaN gradients; such a row is replaced before and zeroed after.
     attends = (scores != -torch.inf).any(-1, keepdim=True)
     weights = torch.softmax(scores.masked_fill(~attends, 0.0), -1).masked_fill(~attends, 0.0)
-    if dropout_p > 0.0:
-        weights = torch.dropout(weights, dropout_p, train=True)
+    if seeds is not None:
+        keep = keep_mask(seeds, *scores.shape[-3:], dropout_p)
+        weights = (weights / (1.0 - dropout_p)).masked_fill(~keep, 0.0)
     return weights @ value
+
+
+def window(rows: int, columns: int, left: int, right: int, device: torch.device | None = None) -> Tensor:
+    """Which columns a row may attend to, bool ``[rows, columns]``: i − left ≤ j ≤ i + right, −1 meaning no limit."""
+    distance = torch.arange(columns, device=device) - torch.arange(rows, device=device)[:, None]
+    within = torch.ones(rows, columns, dtype=torch.bool, device=device)
+    if left >= 0:
+        within = within & (distance >= -left)
+    if right >= 0:
+        within = within & (distance <= right)
+    return within
+
+
+def keep_mask(seeds: Tensor, heads: int, rows: int, columns: int, dropout_p: float) -> Tensor:
+    """Which attention weights dropout keeps, bool ``[*seeds.shape, heads, rows, columns]``.
+
+    The weight of (head, row, column) is kept where word ``column % 4`` of Philox at the counter (column // 4, row, head, 0)
+    under the key that the seed is, low word first, is at least ``dropout_p`` 2³². It depends on nothing else, so that all
+    passes of all backends drop the same weights without storing which.
+    """
+
+    def positions(size: int, dims: int) -> Tensor:
+        return torch.arange(size, device=seeds.device).view(size, *(1,) * dims)
+
+    column = positions(columns, 0)
+    seed = seeds[..., None, None, None]
+    words = _philox((column >> 2, positions(rows, 1), positions(heads, 2), 0), (seed & _WORD, (seed >> 32) & _WORD))
+    word = torch.stack(torch.broadcast_tensors(*words), -1)
+    drawn = word.gather(-1, (column & 3).expand(word.shape[:-1])[..., None])[..., 0]
+    return drawn >= dropout_threshold(dropout_p)
+
+
+def dropout_threshold(dropout_p: float) -> int:
+    """The smallest 32-bit word that is kept."""
+    return min(round(dropout_p * 2**32), _WORD)
+
+
+def _philox(counter: tuple[Tensor | int, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """The four 32-bit words at a counter of four under a key of two, all in int64."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(_ROUNDS):
+        # A product of two words fills 64 bits: as int64 it wraps, and keeps its bits.
+        first, second = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = (second >> 32) & _WORD ^ c1 ^ k0, second & _WORD, (first >> 32) & _WORD ^ c3 ^ k1, first & _WORD
+        k0, k1 = (k0 + _KEY_STEPS[0]) & _WORD, (k1 + _KEY_STEPS[1]) & _WORD
+    return c0, c1, c2, c3  # type: ignore[return-value]

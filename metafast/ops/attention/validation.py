@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import torch
 from torch import Tensor
 
 from metafast.backend import extension_problem, triton_problem
 
 FUSED_DTYPES = {
-    "cpu": (torch.float32, torch.float64),
+    "cpu": (torch.float16, torch.bfloat16, torch.float32, torch.float64),
     "cuda": (torch.float16, torch.bfloat16, torch.float32),
 }
 # The Triton kernels hold a whole head dimension in registers.
 MAX_CUDA_HEAD_DIM = 256
+
+
+WindowSize: TypeAlias = tuple[int | None, int | None]
 
 
 def check_arguments(
@@ -91,7 +96,23 @@ def _check_mask(query: Tensor, key: Tensor, attn_mask: Tensor) -> None:
         raise ValueError(f"attn_mask: expected a shape that broadcasts to {full}, got {_shape(attn_mask)}")
 
 
-def reasons_against_fused(query: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float) -> list[str]:
+def checked_window(window_size: WindowSize | None) -> tuple[int, int]:
+    """Left and right of a window, −1 where there is no limit. Raises TypeError or ValueError."""
+    if window_size is None:
+        return -1, -1
+    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
+        raise TypeError(f"window_size: expected a pair (left, right), got {window_size!r}")
+    sides = []
+    for side in window_size:
+        if side is not None and (isinstance(side, bool) or not isinstance(side, int)):
+            raise TypeError(f"window_size: expected integers or None, got {window_size!r}")
+        if side is not None and side < -1:
+            raise ValueError(f"window_size: expected numbers of at least 0, or -1 for no limit, got {window_size!r}")
+        sides.append(-1 if side is None else side)
+    return sides[0], sides[1]
+
+
+def reasons_against_fused(query: Tensor, value: Tensor) -> list[str]:
     """Every reason why the fused kernels cannot serve this call; empty where they can."""
     reasons = []
     device = query.device.type
@@ -104,10 +125,6 @@ def reasons_against_fused(query: Tensor, value: Tensor, attn_mask: Tensor | None
         reasons.append(problem)
     if device == "cuda" and max(query.shape[-1], value.shape[-1]) > MAX_CUDA_HEAD_DIM:
         reasons.append(f"head dimensions over {MAX_CUDA_HEAD_DIM}")
-    if dropout_p > 0.0:
-        reasons.append("dropout")
-    if attn_mask is not None and attn_mask.requires_grad:
-        reasons.append("attn_mask requires a gradient")
     return reasons
 
 
