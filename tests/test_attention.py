@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import math
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
 
 import metafast
-from metafast.ops.attention import scaled_dot_product_attention
+from metafast.ops.attention import reference, scaled_dot_product_attention
 from metafast.testing import ATTENTION_CASES, AttentionCase, relative_error, second_order
 
 pytestmark = pytest.mark.usefixtures("fused_cpu")
@@ -42,9 +48,7 @@ def math_attention(query, key, value, attn_mask=None, is_causal=False, window_si
         return F.scaled_dot_product_attention(query, key, value, attn_mask, **options)
 
 
-@pytest.mark.parametrize(
-    "case", [case for case in ATTENTION_CASES if case.dropout_p == 0], ids=lambda case: case.name
-)
+@pytest.mark.parametrize("case", [case for case in ATTENTION_CASES if case.dropout_p == 0], ids=lambda case: case.name)
 def test_reference_is_torchs_attention(case: AttentionCase, generator: torch.Generator) -> None:
     inputs = case.inputs(torch.float64, generator)
     expected = second_order(math_attention, inputs)
@@ -78,6 +82,20 @@ def test_float32_is_as_good_as_eager(case: AttentionCase, generator: torch.Gener
         assert error <= bar + 2 * torch.finfo(torch.float32).eps, name
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@CASES
+def test_half_is_as_good_as_eager(case: AttentionCase, dtype: torch.dtype, generator: torch.Generator) -> None:
+    if case.mask == "lowest" and dtype == torch.float16:
+        pytest.skip("the lowest float32 is -inf in float16")
+    inputs = case.inputs(dtype, generator)
+    exact = second_order(attention("reference"), inputs.to(torch.float64))
+    eager = second_order(attention("reference"), inputs)
+    for name, value in second_order(attention("fused"), inputs).items():
+        assert value.dtype == dtype
+        error, bar = relative_error(value, exact[name]), 2 * relative_error(eager[name], exact[name])
+        assert error <= bar + 2 * torch.finfo(dtype).eps, name
+
+
 def test_gradcheck(generator: torch.Generator) -> None:
     inputs = AttentionCase("", 4, 5, 3, value_dim=2, lead=(1,), heads=2, mask="full").inputs(torch.float64, generator)
     qkv = [x.requires_grad_() for x in inputs.qkv]
@@ -87,6 +105,19 @@ def test_gradcheck(generator: torch.Generator) -> None:
 
     assert torch.autograd.gradcheck(function, qkv, check_forward_ad=True, check_batched_grad=True)
     assert torch.autograd.gradgradcheck(function, qkv, check_fwd_over_rev=True, check_rev_over_rev=True)
+
+
+@pytest.mark.parametrize("mask_shape", [(2, 3, 4, 5), (4, 5), (3, 1, 5), (2, 1, 1, 5), (1,)])
+def test_gradcheck_of_a_mask(mask_shape: tuple[int, ...], generator: torch.Generator) -> None:
+    shapes = ((2, 3, 4, 2), (2, 3, 5, 2), (2, 3, 5, 2), mask_shape)
+    inputs = [torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes]
+
+    def function(*inputs):
+        torch.manual_seed(0)
+        return scaled_dot_product_attention(*inputs, dropout_p=0.3, window_size=(3, 2), backend="fused")
+
+    assert torch.autograd.gradcheck(function, inputs, check_forward_ad=True, check_batched_grad=False)
+    assert torch.autograd.gradgradcheck(function, inputs, check_fwd_over_rev=True, check_rev_over_rev=True)
 
 
 def loss(backend, **options):
@@ -146,6 +177,50 @@ def test_vmap_over_masks(generator: torch.Generator) -> None:
             assert relative_error(a, b) < 1e-12
 
 
+# Each takes a backend, tensors of one more dimension than attention needs, biases for every pair, and directions.
+MASK_TRANSFORMS = {
+    "vmap(grad)": lambda b, x, t: vmap(grad(mask_loss(b), (0, 1, 2, 3)))(*x),
+    "vmap(grad), shared bias": lambda b, x, t: vmap(grad(mask_loss(b), (0, 3)), (0, 0, 0, None))(*x[:3], x[3][0]),
+    "grad(vmap), shared bias": lambda b, x, t: grad(
+        lambda q, bias: vmap(mask_loss(b), (0, 0, 0, None))(q, *x[1:3], bias).sum(), (0, 1)
+    )(x[0], x[3][0, :1]),
+    "grad(grad)": lambda b, x, t: grad(mask_gradient_norm(b), (0, 1, 2, 3))(*x),
+    "vmap(grad(grad)), shared bias": lambda b, x, t: vmap(grad(mask_gradient_norm(b), (0, 3)), (0, 0, 0, None))(
+        *x[:3], x[3][0]
+    ),
+    "jvp": lambda b, x, t: jvp(mask_loss(b), x, t),
+    "jvp(grad)": lambda b, x, t: jvp(grad(mask_loss(b), (0, 1, 2, 3)), x, t),
+    "grad(jvp)": lambda b, x, t: grad(lambda *x: jvp(mask_loss(b), x, t)[1], (0, 1, 2, 3))(*x),
+    "vmap(grad(jvp)), shared bias": lambda b, x, t: vmap(
+        lambda q, k, v, tq: grad(
+            lambda q, bias: jvp(lambda q, bias: mask_loss(b)(q, k, v, bias), (q, bias), (tq, bias.cos()))[1], (0, 1)
+        )(q, x[3][0])
+    )(*x[:3], t[0]),
+    "jacfwd by the bias": lambda b, x, t: jacfwd(mask_loss(b), 3)(*(y[0] for y in x)),
+    "hessian by the bias": lambda b, x, t: hessian(mask_loss(b), (1, 3))(*(y[0, :1, :2] for y in x)),
+}
+
+
+def mask_loss(backend):
+    # A mask that is not square once the hessian has cut it: columns follow the keys.
+    return lambda q, k, v, bias: loss(backend, attn_mask=bias[..., : k.shape[-2]], window_size=(2, None))(q, k, v)
+
+
+def mask_gradient_norm(backend):
+    return lambda *x: sum(g.pow(2).sum() for g in grad(mask_loss(backend), (0, 1, 2, 3))(*x))
+
+
+@pytest.mark.parametrize("name", MASK_TRANSFORMS)
+def test_transforms_of_a_mask(name: str, generator: torch.Generator) -> None:
+    shapes = ((2, 2, 3, 3), (2, 2, 4, 3), (2, 2, 4, 3), (2, 2, 3, 4))
+    x = tuple(torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    t = tuple(torch.randn(y.shape, generator=generator, dtype=torch.float64) for y in x)
+    found, expected = (pytree.tree_leaves(MASK_TRANSFORMS[name](backend, x, t)) for backend in ("fused", "reference"))
+    for a, b in zip(found, expected, strict=True):
+        assert a.shape == b.shape
+        assert relative_error(a, b) < 1e-11
+
+
 def test_third_order_raises(generator: torch.Generator) -> None:
     qkv = [torch.randn(1, 2, 3, 4, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     first = torch.autograd.grad(loss("fused")(*qkv), qkv, create_graph=True)
@@ -160,29 +235,75 @@ def test_forward_over_forward_raises(generator: torch.Generator) -> None:
         jacfwd(jacfwd(loss("fused")))(*qkv)
 
 
-def test_opcheck(generator: torch.Generator) -> None:
+@pytest.mark.parametrize("mask", [None, "bias of heads"])
+def test_opcheck(mask: str | None, generator: torch.Generator) -> None:
     import metafast.ops.attention.library  # noqa: F401
 
     ops = torch.ops.metafast
-    q, k, v = (torch.randn(2, 2, n, 4, generator=generator) for n in (5, 6, 6))
-    out, lse = ops.attention_forward(q, k, v, None, False, 0.5)
-    saved, tangents, options = (q, k, v, out, lse), (q.flip(0), k.flip(0), v.flip(0)), (None, False, 0.5)
-    torch.library.opcheck(ops.attention_forward.default, (q.requires_grad_(), k, v, *options))
-    checks = ("test_schema", "test_faketensor")  # these are differentiated through autograd.Function, not as ops
-    q = q.detach()
-    torch.library.opcheck(ops.attention_backward.default, (out, *saved, *options), test_utils=checks)
-    torch.library.opcheck(ops.attention_jvp.default, (*saved, *tangents, *options), test_utils=checks)
-    torch.library.opcheck(
-        ops.attention_backward_jvp.default, (out, *saved, *tangents, None, *options), test_utils=checks
-    )
+    case = AttentionCase("", 5, 6, 4, mask=mask)
+    inputs = case.inputs(torch.float32, generator)
+    bias = inputs.options["attn_mask"]
+    bias = None if bias is None else bias.nan_to_num(neginf=-3.0)[None]
+    seeds = torch.tensor([3, -4]) if mask else None
+    options = (bias, seeds, 2, -1, 0.25 if mask else 0.0, 0.5)
+    out, statistics = ops.attention_forward(*inputs.qkv, *options)
+    first = (inputs.grad_out, *inputs.qkv, out, statistics)
+    tangents = (*inputs.tangents, inputs.tangent_mask[None] if mask else None)
+    differentiable = tuple(x.clone().requires_grad_() for x in inputs.qkv)
+    torch.library.opcheck(ops.attention_forward.default, (*differentiable, *options))
+    # These are differentiated through autograd.Function, not as ops.
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(ops.attention_backward.default, (*first, *options), test_utils=checks)
+    torch.library.opcheck(ops.attention_jvp.default, (*first[1:], *tangents, *options), test_utils=checks)
+    second = (*first, *tangents, None, *options)
+    torch.library.opcheck(ops.attention_backward_jvp.default, second, test_utils=checks)
+    if mask:
+        torch.library.opcheck(ops.attention_mask_backward.default, (*first, *options), test_utils=checks)
+        torch.library.opcheck(ops.attention_mask_backward_jvp.default, second, test_utils=checks)
 
 
 def test_compiles_without_graph_breaks(generator: torch.Generator) -> None:
     qkv = [torch.randn(2, 2, 6, 4, generator=generator, requires_grad=True) for _ in range(3)]
-    compiled = torch.compile(loss("auto", is_causal=True), fullgraph=True, backend="aot_eager")
-    found = torch.autograd.grad(compiled(*qkv), qkv)
-    for a, b in zip(found, torch.autograd.grad(loss("reference", is_causal=True)(*qkv), qkv), strict=True):
+    bias = torch.randn(2, 6, 6, generator=generator, requires_grad=True)
+
+    def of(backend):
+        return lambda *qkv: loss(backend, attn_mask=bias, is_causal=True, window_size=(3, None))(*qkv)
+
+    compiled = torch.compile(of("auto"), fullgraph=True, backend="aot_eager")
+    found = torch.autograd.grad(compiled(*qkv), (*qkv, bias))
+    for a, b in zip(found, torch.autograd.grad(of("reference")(*qkv), (*qkv, bias)), strict=True):
         assert relative_error(a, b) < 1e-5
+
+
+def test_second_order_through_compile_raises(generator: torch.Generator) -> None:
+    """Torch itself has no double backward through what it compiled, and says so."""
+    qkv = [torch.randn(2, 2, 6, 4, generator=generator, requires_grad=True) for _ in range(3)]
+    compiled = torch.compile(loss("auto"), fullgraph=True, backend="aot_eager")
+    with pytest.raises(RuntimeError, match="double backward"):
+        first = torch.autograd.grad(compiled(*qkv), qkv, create_graph=True)
+        torch.autograd.grad(sum(g.pow(2).sum() for g in first), qkv)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_inside_activation_checkpointing(use_reentrant: bool, generator: torch.Generator) -> None:
+    qkv = [torch.randn(2, 2, 6, 4, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+
+    def function(*qkv):
+        return scaled_dot_product_attention(*qkv, dropout_p=0.4, backend="fused").pow(2).sum()
+
+    grads = []
+    for call in (function, lambda *qkv: checkpoint(function, *qkv, use_reentrant=use_reentrant)):
+        torch.manual_seed(3)
+        grads.append(torch.autograd.grad(call(*qkv), qkv) if not use_reentrant else _backward(call(*qkv), qkv))
+    for a, b in zip(*grads, strict=True):
+        assert torch.equal(a, b)
+
+
+def _backward(value, inputs):
+    for x in inputs:
+        x.grad = None
+    value.backward()
+    return [x.grad for x in inputs]
 
 
 def test_bitwise_deterministic(generator: torch.Generator) -> None:
@@ -241,13 +362,108 @@ def test_autocast_as_torch(generator: torch.Generator) -> None:
         )
 
 
-def test_dropout_runs_on_the_reference_path(generator: torch.Generator) -> None:
-    q, k, v = (torch.ones(1, 1, 64, 4) for _ in range(3))
-    out = scaled_dot_product_attention(q, k, v, dropout_p=0.5)
-    assert out.std() > 0
-    assert abs(out.mean() - 1) < 0.2
-    with pytest.raises(metafast.BackendUnavailableError, match="dropout"):
-        scaled_dot_product_attention(q, k, v, dropout_p=0.5, backend="fused")
+def keeps(seed, shape, p):
+    """Which weights are kept, read off the output: with values that are the identity the output is the weights."""
+    batch, heads, rows, columns = shape
+    q, k = torch.zeros(batch, heads, rows, 1), torch.zeros(batch, heads, columns, 1)
+    torch.manual_seed(seed)
+    out = scaled_dot_product_attention(
+        q, k, torch.eye(columns).expand(batch, heads, -1, -1), dropout_p=p, backend="fused"
+    )
+    assert torch.allclose(out[out != 0], torch.tensor(1 / columns / (1 - p)))
+    return out != 0
+
+
+def test_dropout_keeps_the_share_that_it_says() -> None:
+    p = 0.3
+    kept = keeps(0, (4, 4, 128, 130), p).double()
+    # Five standard deviations of a mean of independent draws: over all, over each row, column and head, and of pairs.
+    for dims in ((0, 1, 2, 3), (0, 1, 3), (0, 1, 2), (0, 2, 3), (1, 2, 3)):
+        means = kept.mean(dims)
+        count = kept.numel() / means.numel()
+        assert ((means - (1 - p)).abs() < 5 * math.sqrt(p * (1 - p) / count)).all()
+    centred = kept - (1 - p)
+    for neighbour in (
+        centred.roll(1, 3),
+        centred.roll(4, 3),
+        centred.roll(1, 2),
+        centred.roll(1, 1),
+        centred.roll(1, 0),
+    ):
+        assert (centred * neighbour).mean().abs() < 5 * p * (1 - p) / math.sqrt(kept.numel())
+
+
+def test_dropout_replays() -> None:
+    first, again, other = (keeps(seed, (2, 3, 20, 21), 0.5) for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert not torch.equal(first[0], first[1])
+
+
+def test_dropout_is_philox() -> None:
+    """Known answers of Random123 (kat_vectors, philox4x32 10)."""
+    for counter, key, words in (
+        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ):
+        found = reference._philox(tuple(map(torch.tensor, counter)), tuple(map(torch.tensor, key)))
+        assert tuple(word.item() for word in found) == words
+
+
+def test_dropout_under_vmap() -> None:
+    x = torch.ones(3, 2, 16, 16, 4)
+
+    def weights(x):
+        return scaled_dot_product_attention(0 * x, 0 * x, x, dropout_p=0.5, backend="fused")
+
+    different = vmap(weights, randomness="different")(x)
+    assert not torch.equal(different[0], different[1])
+    same = vmap(weights, randomness="same")(x)
+    assert torch.equal(same[0], same[1])
+    with pytest.raises(RuntimeError, match="randomness"):
+        vmap(weights)(x)
+
+
+def test_a_bias_that_all_columns_share_has_no_effect(generator: torch.Generator) -> None:
+    q, k, v = (torch.randn(2, 3, 5, 4, generator=generator, dtype=torch.float64) for _ in range(3))
+    bias = torch.randn(3, 5, 1, generator=generator, dtype=torch.float64, requires_grad=True)
+    out = scaled_dot_product_attention(q, k, v, bias, backend="fused")
+    assert relative_error(out, scaled_dot_product_attention(q, k, v, backend="fused")) < 1e-12
+    (gradient,) = torch.autograd.grad(out.pow(2).sum(), bias)
+    assert gradient.shape == bias.shape
+    assert gradient.abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512"])
+def test_each_instruction_set(capability: str) -> None:
+    """The case table in a process that is held to narrower vectors, in float32 and float64."""
+    order = ["baseline", "avx2", "avx512"]
+    available = metafast.build_info()["extension"]["cpu_capability"]
+    if order.index(capability) > order.index(available):
+        pytest.skip(f"this machine has {available} at most")
+    if capability == available:
+        pytest.skip(f"{available} is what all other tests run")
+    program = """
+import torch, metafast
+from metafast.testing import ATTENTION_CASES, relative_error, second_order
+attention = lambda b: lambda *a, **k: metafast.scaled_dot_product_attention(*a, **k, backend=b)
+for case in ATTENTION_CASES:
+    for dtype, bar in ((torch.float32, 1e-4), (torch.float64, 1e-11)):
+        inputs = case.inputs(dtype, torch.Generator().manual_seed(0))
+        exact = second_order(attention("reference"), inputs.to(torch.float64))
+        for name, value in second_order(attention("fused"), inputs).items():
+            assert relative_error(value, exact[name]) < bar, (case.name, dtype, name)
+print(metafast.build_info()["extension"]["cpu_capability"])
+"""
+    environment = {**os.environ, "METAFAST_CPU_CAPABILITY": capability}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [capability]
 
 
 def tensors(*shapes, dtype=torch.float32):
@@ -294,6 +510,9 @@ def tensors(*shapes, dtype=torch.float32):
         ),
         (tensors((2, 4), (3, 4), (3, 4)), {"attn_mask": [1]}, TypeError, "attn_mask: expected a tensor"),
         (tensors((2, 4), (3, 4), (3, 4)), {"dropout_p": 1.5}, ValueError, "dropout_p: expected a probability"),
+        (tensors((2, 4), (3, 4), (3, 4)), {"window_size": 3}, TypeError, "window_size: expected a pair"),
+        (tensors((2, 4), (3, 4), (3, 4)), {"window_size": (1, 2.0)}, TypeError, "window_size: expected integers"),
+        (tensors((2, 4), (3, 4), (3, 4)), {"window_size": (1, -2)}, ValueError, "window_size: expected numbers of at"),
         (tensors((2, 4), (3, 4), (3, 4)), {"backend": "quick"}, ValueError, "backend: expected one of 'auto', 'fused'"),
     ],
 )
@@ -303,8 +522,7 @@ def test_bad_arguments(arguments, options, error, message) -> None:
 
 
 def test_fused_on_request_only_or_with_every_reason() -> None:
-    q = torch.zeros(1, 2, 4, dtype=torch.float16)
-    mask = torch.zeros(2, 2, dtype=torch.float16, requires_grad=True)
-    with pytest.raises(metafast.BackendUnavailableError, match=r"no cpu kernel for torch.float16; dropout; attn_mask"):
-        scaled_dot_product_attention(q, q, q, mask, dropout_p=0.1, backend="fused")
-    assert scaled_dot_product_attention(q, q, q, mask).requires_grad
+    q = torch.zeros(1, 2, 4, device="meta")
+    with pytest.raises(metafast.BackendUnavailableError, match="no kernels for device 'meta'"):
+        scaled_dot_product_attention(q, q, q, backend="fused")
+    assert scaled_dot_product_attention(q, q, q).shape == q.shape

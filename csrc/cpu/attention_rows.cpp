@@ -40,6 +40,12 @@ namespace single {
 #include "cpu/attention_rows.inl"
 #undef CAPABILITY_NAMESPACE
 #pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,fma,prefer-vector-width=512")
+#define CAPABILITY_NAMESPACE avx512
+#include "cpu/attention_rows.inl"
+#undef CAPABILITY_NAMESPACE
+#pragma GCC pop_options
 #endif
 }  // namespace single
 #undef REAL
@@ -77,6 +83,12 @@ namespace precise {
 #include "cpu/attention_rows.inl"
 #undef CAPABILITY_NAMESPACE
 #pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,fma,prefer-vector-width=512")
+#define CAPABILITY_NAMESPACE avx512
+#include "cpu/attention_rows.inl"
+#undef CAPABILITY_NAMESPACE
+#pragma GCC pop_options
 #endif
 }  // namespace precise
 
@@ -85,6 +97,7 @@ namespace precise {
 template <>
 const AttentionRows<float>& attention_rows<float>() {
 #if METAFAST_X86_VARIANTS
+  if (cpu_capability() == Capability::avx512) return single::avx512::table;
   if (cpu_capability() == Capability::avx2) return single::avx2::table;
 #endif
   return single::baseline::table;
@@ -93,6 +106,7 @@ const AttentionRows<float>& attention_rows<float>() {
 template <>
 const AttentionRows<double>& attention_rows<double>() {
 #if METAFAST_X86_VARIANTS
+  if (cpu_capability() == Capability::avx512) return precise::avx512::table;
   if (cpu_capability() == Capability::avx2) return precise::avx2::table;
 #endif
   return precise::baseline::table;

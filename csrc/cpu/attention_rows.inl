@@ -36,7 +36,7 @@ void keep_only(int64_t n, const bool* __restrict keep, int64_t stride, REAL* __r
   }
 }
 
-REAL softmax(int64_t n, REAL* score) {
+void softmax(int64_t n, REAL* __restrict score, REAL* __restrict statistics) {
   REAL top = -std::numeric_limits<REAL>::infinity();
 #pragma omp simd reduction(max : top)
   for (int64_t j = 0; j < n; ++j) top = score[j] > top ? score[j] : top;
@@ -45,7 +45,9 @@ REAL softmax(int64_t n, REAL* score) {
     REAL total = 0;
     for (int64_t j = 0; j < n; ++j) total += score[j] == top ? REAL(0) : score[j];
     for (int64_t j = 0; j < n; ++j) score[j] = total;
-    return total == REAL(0) ? top : total;
+    statistics[0] = total == REAL(0) ? top : total;
+    statistics[1] = REAL(0);
+    return;
   }
   REAL sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -56,23 +58,25 @@ REAL softmax(int64_t n, REAL* score) {
   }
   const REAL inverse = REAL(1) / sum;
   for (int64_t j = 0; j < n; ++j) score[j] *= inverse;
-  return top + std::log(sum);
+  statistics[0] = top;
+  statistics[1] = std::log(sum);
 }
 
-void probabilities(int64_t n, REAL lse, REAL* score) {
-  if (lse == -std::numeric_limits<REAL>::infinity()) {
+void probabilities(int64_t n, REAL* __restrict score, const REAL* __restrict statistics) {
+  const REAL top = statistics[0], log_sum = statistics[1];
+  if (top == -std::numeric_limits<REAL>::infinity()) {
     for (int64_t j = 0; j < n; ++j) score[j] = REAL(0);
     return;
   }
   REAL sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t j = 0; j < n; ++j) {
-    const REAL e = exp_nonpositive(score[j] - lse);
+    const REAL e = exp_nonpositive((score[j] - top) - log_sum);
     score[j] = e;
     sum += e;
   }
-  // lse is rounded, and the larger it is the more. The backward pass relies on rows that sum to 1: what they are off, times a
-  // large common offset of the keys, would end up in the gradient of the query.
+  // The statistics are rounded. The backward pass relies on rows that sum to 1: what they are off, times a large common offset
+  // of the keys, would end up in the gradient of the query.
   const REAL inverse = REAL(1) / sum;
   for (int64_t j = 0; j < n; ++j) score[j] *= inverse;
 }
@@ -111,6 +115,34 @@ void backward_jvp(int64_t n, const REAL* __restrict p, REAL* __restrict t, REAL*
   }
 }
 
-const AttentionRows<REAL> table{add_bias, keep_only, softmax, probabilities, softmax_jacobian, backward_jvp};
+// Philox-4x32-10 (Salmon et al., SC 2011) at the counter (group, row, head, 0) under the key that the seed is.
+void dropout(int64_t groups, int64_t first_group, int64_t row, int64_t head, int64_t seed, uint32_t threshold, REAL scale,
+             REAL* __restrict factors) {
+  const uint32_t start = uint32_t(first_group), key0 = uint32_t(seed), key1 = uint32_t(uint64_t(seed) >> 32);
+  const uint32_t row_word = uint32_t(row), head_word = uint32_t(head);
+#pragma omp simd
+  for (int64_t group = 0; group < groups; ++group) {
+    uint32_t c0 = start + uint32_t(group), c1 = row_word, c2 = head_word, c3 = 0, k0 = key0, k1 = key1;
+    for (int round = 0; round < 10; ++round) {
+      const uint64_t first = uint64_t(c0) * 0xD2511F53u, second = uint64_t(c2) * 0xCD9E8D57u;
+      c0 = uint32_t(second >> 32) ^ c1 ^ k0;
+      c1 = uint32_t(second);
+      c2 = uint32_t(first >> 32) ^ c3 ^ k1;
+      c3 = uint32_t(first);
+      k0 += 0x9E3779B9u;
+      k1 += 0xBB67AE85u;
+    }
+    factors[4 * group] = c0 >= threshold ? scale : REAL(0);
+    factors[4 * group + 1] = c1 >= threshold ? scale : REAL(0);
+    factors[4 * group + 2] = c2 >= threshold ? scale : REAL(0);
+    factors[4 * group + 3] = c3 >= threshold ? scale : REAL(0);
+  }
+}
+
+void multiply(int64_t n, const REAL* __restrict factors, REAL* __restrict x) {
+  for (int64_t j = 0; j < n; ++j) x[j] *= factors[j];
+}
+
+const AttentionRows<REAL> table{add_bias, keep_only, softmax, probabilities, softmax_jacobian, backward_jvp, dropout, multiply};
 
 }  // namespace CAPABILITY_NAMESPACE

@@ -148,7 +148,7 @@ template <class Rule>
 auto chunk_kernel(ScalarType type) {
   return for_type(type, [](auto zero) {
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
-    if (cpu_capability() == Capability::avx2) return &chunk_avx2<Rule, decltype(zero)>;
+    if (cpu_capability() >= Capability::avx2) return &chunk_avx2<Rule, decltype(zero)>;
 #endif
     return &chunk_baseline<Rule, decltype(zero)>;
   });

@@ -98,7 +98,7 @@ def _attention(
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """What torch's autocast does for its own op: floating inputs in its lower precision, float64 left alone."""
     device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype in _AUTOCAST_FROM else x for x in tensors)

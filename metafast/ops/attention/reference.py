@@ -38,19 +38,20 @@ def attention(
     Returns:
         ``[*lead, Hq, Nq, Dv]``; zeros for a row that may attend to nothing.
     """
-    group = query.shape[-3] // key.shape[-3]
+    heads, rows, columns = *query.shape[-3:-1], key.shape[-2]
+    group = heads // key.shape[-3]
     if group > 1:
         key, value = key.repeat_interleave(group, -3), value.repeat_interleave(group, -3)
     scores = scale * (query @ key.transpose(-1, -2))
     if attn_mask is not None:
         scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
     if left >= 0 or right >= 0:
-        scores = scores.masked_fill(~window(*scores.shape[-2:], left, right, scores.device), -torch.inf)
+        scores = scores.masked_fill(~window(rows, columns, left, right, scores.device), -torch.inf)
     # The softmax of a row of -inf is NaN, with NaN gradients; such a row is replaced before and zeroed after.
     attends = (scores != -torch.inf).any(-1, keepdim=True)
     weights = torch.softmax(scores.masked_fill(~attends, 0.0), -1).masked_fill(~attends, 0.0)
     if seeds is not None:
-        keep = keep_mask(seeds, *scores.shape[-3:], dropout_p)
+        keep = keep_mask(seeds, heads, rows, columns, dropout_p)
         weights = (weights / (1.0 - dropout_p)).masked_fill(~keep, 0.0)
     return weights @ value
 
@@ -97,6 +98,11 @@ def _philox(counter: tuple[Tensor | int, ...], key: tuple[Tensor, Tensor]) -> tu
     for _ in range(_ROUNDS):
         # A product of two words fills 64 bits: as int64 it wraps, and keeps its bits.
         first, second = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = (second >> 32) & _WORD ^ c1 ^ k0, second & _WORD, (first >> 32) & _WORD ^ c3 ^ k1, first & _WORD
+        c0, c1, c2, c3 = (
+            (second >> 32) & _WORD ^ c1 ^ k0,
+            second & _WORD,
+            (first >> 32) & _WORD ^ c3 ^ k1,
+            first & _WORD,
+        )
         k0, k1 = (k0 + _KEY_STEPS[0]) & _WORD, (k1 + _KEY_STEPS[1]) & _WORD
     return c0, c1, c2, c3  # type: ignore[return-value]

@@ -1,0 +1,114 @@
+// From the dispatcher's tensors to what the passes read, and back.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <stdexcept>
+#include <vector>
+
+#include "attention.h"
+#include "cpu/attention_problem.h"
+
+namespace metafast {
+
+using torch::headeronly::ScalarType;
+
+inline bool is_half(const Tensor& tensor) {
+  return tensor.scalar_type() == ScalarType::Half || tensor.scalar_type() == ScalarType::BFloat16;
+}
+
+// The matrix products want rows that are contiguous and do not overlap (an expanded dimension has stride 0).
+inline bool has_plain_rows(const Tensor& tensor) {
+  const int64_t rank = tensor.dim(), columns = tensor.size(rank - 1);
+  return (columns == 1 || tensor.stride(rank - 1) == 1) &&
+      (tensor.size(rank - 2) == 1 || tensor.stride(rank - 2) >= columns);
+}
+
+// Half types are computed in float32: a copy of each input is small beside the scores that are never stored.
+inline Tensor as_read(const Tensor& tensor) { return is_half(tensor) ? torch::stable::to(tensor, ScalarType::Float) : tensor; }
+
+inline Tensor rows_as_read(const Tensor& tensor) {
+  const Tensor read = as_read(tensor);
+  return has_plain_rows(read) ? read : torch::stable::contiguous(read);
+}
+
+inline std::optional<Tensor> rows_as_read(const std::optional<Tensor>& tensor) {
+  return tensor ? std::optional<Tensor>(rows_as_read(*tensor)) : std::nullopt;
+}
+
+// An output [*lead, heads, rows, columns] beside an input: in the input's memory order where the shapes agree, as models
+// hand over transposed views and take them back.
+inline Tensor output_like(const Tensor& input, int64_t columns) {
+  if (input.size(input.dim() - 1) == columns) {
+    Tensor output = torch::stable::empty_like(input);
+    if (has_plain_rows(output)) return output;
+  }
+  std::vector<int64_t> sizes(input.sizes().begin(), input.sizes().end());
+  sizes.back() = columns;
+  return torch::stable::new_empty(input, sizes);
+}
+
+inline Tensor output_like(const Tensor& input) { return output_like(input, input.size(input.dim() - 1)); }
+
+// What all passes read, and the type that results are given in.
+class Call {
+ public:
+  Call(const Tensor& query_, const Tensor& key_, const Tensor& value_, const std::optional<Tensor>& attn_mask,
+       const std::optional<Tensor>& seeds, int64_t left, int64_t right, double dropout_p, double scale)
+      : query(rows_as_read(query_)), key(rows_as_read(key_)), value(rows_as_read(value_)), dtype_(query_.scalar_type()),
+        left_(left), right_(right), dropout_p_(dropout_p), scale_(scale) {
+    if (attn_mask) mask_.emplace(as_read(*attn_mask));
+    if (seeds) seeds_.emplace(torch::stable::contiguous(*seeds));
+  }
+
+  const Tensor query, key, value;
+
+  // Calls body(problem), whose template argument is the type that is computed in.
+  template <typename Body>
+  void with_problem(Body body) const {
+    const Options options{mask_, seeds_, left_, right_, dropout_p_, scale_};
+    switch (query.scalar_type()) {
+      case ScalarType::Float: return body(Problem<float>(query, key, value, options));
+      case ScalarType::Double: return body(Problem<double>(query, key, value, options));
+      default: throw std::runtime_error("metafast attention (CPU): expected float16, bfloat16, float32 or float64");
+    }
+  }
+
+  Tensor as_given(const Tensor& result) const {
+    return result.scalar_type() == dtype_ ? result : torch::stable::to(result, dtype_);
+  }
+
+ private:
+  ScalarType dtype_;
+  std::optional<Tensor> mask_, seeds_;
+  int64_t left_, right_;
+  double dropout_p_, scale_;
+};
+
+// The directions of a derivative, as tensors.
+class TangentTensors {
+ public:
+  TangentTensors(const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& mask)
+      : query_(rows_as_read(query)), key_(rows_as_read(key)), value_(rows_as_read(value)) {
+    if (mask) mask_.emplace(as_read(*mask));
+  }
+
+  template <typename T>
+  Tangents<T> read(const Problem<T>& problem) const {
+    using M = Matrices<const T>;
+    Tangents<T> tangents{M(query_, problem.lead), M(key_, problem.lead), M(value_, problem.lead), std::nullopt};
+    if (mask_) tangents.mask.emplace(*mask_, problem.lead);
+    return tangents;
+  }
+
+ private:
+  Tensor query_, key_, value_;
+  std::optional<Tensor> mask_;
+};
+
+template <typename T>
+const T* data(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.data_ptr());
+}
+
+}  // namespace metafast

@@ -1,0 +1,159 @@
+// One call of attention as the kernels on the CPU read it: tensors as matrices, sizes, and which keys a row may attend to.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <optional>
+#include <vector>
+
+#include "attention.h"
+
+namespace metafast {
+
+// A tensor [*lead, heads, rows, columns] as pointers to matrices whose rows are contiguous; the leading dimensions are
+// one index, the batch, in the order of the problem's. A mask's dimensions of size 1 are read again and again.
+template <typename T>
+class Matrices {
+ public:
+  Matrices(const Tensor& tensor, const std::vector<int64_t>& lead)
+      : data_(static_cast<T*>(tensor.data_ptr())), lead_sizes_(lead) {
+    const auto stride_of = [&](int64_t dim) { return tensor.size(dim) == 1 ? 0 : tensor.stride(dim); };
+    const int64_t rank = tensor.dim();
+    for (int64_t i = 0; i < rank - 3; ++i) lead_strides_.push_back(stride_of(i));
+    head_stride_ = stride_of(rank - 3);
+    row_stride = stride_of(rank - 2);
+    column_stride = stride_of(rank - 1);
+  }
+
+  T* at(int64_t batch, int64_t head) const {
+    int64_t offset = head * head_stride_;
+    for (size_t i = lead_sizes_.size(); i-- > 0;) {
+      offset += batch % lead_sizes_[i] * lead_strides_[i];
+      batch /= lead_sizes_[i];
+    }
+    return data_ + offset;
+  }
+
+  int64_t row_stride, column_stride;
+
+ private:
+  T* data_;
+  int64_t head_stride_;
+  std::vector<int64_t> lead_sizes_, lead_strides_;
+};
+
+// Dropout of a call; see reference.py for which weights are kept.
+struct Dropout {
+  const int64_t* seeds;  // one a batch
+  uint32_t threshold;
+  double scale;
+};
+
+// What the passes have in common: sizes, what may be attended to, and the scale.
+template <typename T>
+struct Problem {
+  using Element = T;
+
+  Problem(const Tensor& query, const Tensor& key, const Tensor& value, const Options& options)
+      : lead(query.sizes().begin(), query.sizes().end() - 3), q(query, lead), k(key, lead), v(value, lead),
+        left(options.left), right(options.right), scale(T(options.scale)) {
+    const int64_t rank = query.dim();
+    for (int64_t size : lead) batches *= size;
+    heads = query.size(rank - 3);
+    key_heads = key.size(rank - 3);
+    rows = query.size(rank - 2);
+    columns = key.size(rank - 2);
+    depth = query.size(rank - 1);
+    value_depth = value.size(rank - 1);
+    if (options.seeds) {
+      // The smallest 32-bit word that is kept.
+      const double words = 4294967296.0, threshold = std::nearbyint(options.dropout_p * words);
+      dropout = Dropout{static_cast<const int64_t*>(options.seeds->data_ptr()), uint32_t(std::min(threshold, words - 1)),
+                        1.0 / (1.0 - options.dropout_p)};
+    }
+    if (!options.attn_mask) return;
+    if (options.attn_mask->scalar_type() == torch::headeronly::ScalarType::Bool) keep.emplace(*options.attn_mask, lead);
+    else bias.emplace(*options.attn_mask, lead);
+  }
+
+  std::vector<int64_t> lead;
+  Matrices<const T> q, k, v;
+  std::optional<Matrices<const bool>> keep;
+  std::optional<Matrices<const T>> bias;
+  std::optional<Dropout> dropout;
+  int64_t batches = 1, heads, key_heads, rows, columns, depth, value_depth;
+  int64_t left, right;
+  T scale;
+
+  int64_t group() const { return heads / key_heads; }
+
+  // The most keys that a panel of so many rows reads, masks aside.
+  int64_t widest(int64_t panel_rows) const {
+    return left < 0 || right < 0 ? columns : std::min(columns, left + right + panel_rows);
+  }
+};
+
+// The directions of a derivative, shaped like query, key, value and an additive mask.
+template <typename T>
+struct Tangents {
+  Matrices<const T> q, k, v;
+  std::optional<Matrices<const T>> mask;
+};
+
+// Rows [first, first + count) of one head, against the keys [begin, end): those that some of its rows may attend to.
+struct Panel {
+  int64_t batch, head, first, count, begin, end;
+  int64_t columns() const { return end - begin; }
+};
+
+template <typename T>
+bool may_attend(const Problem<T>& problem, const Panel& panel, int64_t row, int64_t column) {
+  if (problem.keep) {
+    const auto& keep = *problem.keep;
+    return keep.at(panel.batch, panel.head)[row * keep.row_stride + column * keep.column_stride];
+  }
+  const auto& bias = *problem.bias;
+  const T added = bias.at(panel.batch, panel.head)[row * bias.row_stride + column * bias.column_stride];
+  return !(added == -std::numeric_limits<T>::infinity());
+}
+
+// Narrows a panel to the keys between the first and the last that any of its rows may attend to.
+template <typename T>
+void trim(const Problem<T>& problem, Panel& panel) {
+  const int64_t last_row = panel.first + panel.count - 1;
+  panel.end = problem.right < 0 ? problem.columns : std::min(problem.columns, last_row + problem.right + 1);
+  panel.begin = problem.left < 0 ? 0 : std::clamp<int64_t>(panel.first - problem.left, 0, panel.end);
+  if (!problem.keep && !problem.bias) return;
+  const int64_t row_stride = problem.keep ? problem.keep->row_stride : problem.bias->row_stride;
+  const int64_t distinct = row_stride == 0 ? 1 : panel.count;
+  int64_t begin = panel.end, end = panel.begin;
+  for (int64_t i = panel.first; i < panel.first + distinct; ++i) {
+    int64_t first = panel.begin;
+    while (first < begin && !may_attend(problem, panel, i, first)) ++first;
+    begin = std::min(begin, first);
+    int64_t last = panel.end;
+    while (last > end && !may_attend(problem, panel, i, last - 1)) --last;
+    end = std::max(end, last);
+  }
+  panel.begin = std::min(begin, end);
+  panel.end = end;
+}
+
+// The part of a panel's columns that lies in the window of its row i: [first, last).
+struct Range {
+  int64_t first, last;
+};
+
+template <typename T>
+Range row_range(const Problem<T>& problem, const Panel& panel, int64_t i) {
+  const int64_t n = panel.columns(), diagonal = panel.first + i - panel.begin;
+  const int64_t first = problem.left < 0 ? 0 : std::clamp<int64_t>(diagonal - problem.left, 0, n);
+  return {first, problem.right < 0 ? n : std::clamp<int64_t>(diagonal + problem.right + 1, first, n)};
+}
+
+}  // namespace metafast
