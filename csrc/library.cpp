@@ -4,7 +4,6 @@
 #include <pybind11/pybind11.h>
 
 #include "cpu/capability.h"
-#include "cpu/gemm.h"
 
 #define METAFAST_STRING_(x) #x
 #define METAFAST_STRING(x) METAFAST_STRING_(x)
@@ -27,7 +26,6 @@ pybind11::dict build_info() {
   info["flags"] = METAFAST_FLAGS;
   info["abi_target"] = METAFAST_STRING(TORCH_TARGET_VERSION);
   info["cpu_capability"] = metafast::capability_name(metafast::cpu_capability());
-  info["gemm"] = metafast::gemm_library();
 #ifdef METAFAST_CUDA_ARCHITECTURES
   info["cuda_architectures"] = METAFAST_CUDA_ARCHITECTURES;
 #else

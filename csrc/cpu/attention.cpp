@@ -13,10 +13,11 @@ namespace {
 
 template <typename T>
 void forward(const Problem<T>& problem, Matrices<T> out, T* statistics) {
-  for_each_panel(problem, 1, [&](const Panel& panel, const Buffers<T>& scratch) {
-    T* p = scratch[0];
-    if (panel.columns() == 0) zero_rows(rows_of(out, panel), panel.count, problem.value_depth);
-    else scores(problem, panel, p, scratch.stride);
+  const int64_t dv = problem.value_depth;
+  for_each_panel(problem, 1, {{&problem.k, problem.depth}}, [&](const Panel& panel, const Scratch<T>& scratch) {
+    T* p = scratch[weights];
+    if (panel.columns() == 0) zero_rows(rows_of(out, panel), panel.count, dv);
+    else scores(problem, panel, scratch, p);
     for_each_window(problem, panel, statistics, p, scratch.stride, attention_rows<T>().softmax);
     if (panel.columns() == 0) return;
     DropoutFactors<T> factors(problem, panel);
@@ -24,35 +25,34 @@ void forward(const Problem<T>& problem, Matrices<T> out, T* statistics) {
       factors.draw(i);
       factors.multiply(p + i * scratch.stride);
     }
-    to_rows(panel, problem.value_depth, T(1), p, scratch.stride, keys_of(problem.v, panel, problem.group()), T(0), rows_of(out, panel));
+    to_rows(panel, dv, T(1), p, scratch.stride, keys_of(problem.v, panel, problem.group()), false, rows_of(out, panel));
   });
 }
 
 template <typename T>
 void backward(const Problem<T>& problem, const T* statistics, Matrices<const T> grad_out, Matrices<T> grad_query, const KeySums<T>& grads) {
   const int64_t group = problem.group(), d = problem.depth, dv = problem.value_depth;
-  for_each_panel_summing(problem, grads, 2, [&](const Panel& panel, const Buffers<T>& scratch, Operand<T> grad_key, Operand<T> grad_value) {
+  const std::vector<Packed<T>> keys{{&problem.k, d}, {&problem.v, dv}};
+  for_each_panel_summing(problem, grads, 2, keys, [&](const Panel& panel, const Scratch<T>& scratch, T* grad_key, T* grad_value) {
     if (panel.columns() == 0) return zero_rows(rows_of(grad_query, panel), panel.count, d);
     const int64_t stride = scratch.stride;
     const auto g = rows_of(grad_out, panel);
-    T *p = scratch[0], *e = scratch[1];
-    score_gradients(problem, panel, statistics, g, p, e, stride);
-    to_keys(panel, dv, T(1), p, stride, g, grad_value);
-    to_rows(panel, d, problem.scale, e, stride, keys_of(problem.k, panel, group), T(0), rows_of(grad_query, panel));
-    to_keys(panel, d, problem.scale, e, stride, rows_of(problem.q, panel), grad_key);
+    score_gradients(problem, panel, statistics, g, scratch);
+    to_keys(panel, dv, T(1), scratch[weights], stride, g, grad_value);
+    to_rows(panel, d, problem.scale, scratch[gradients], stride, keys_of(problem.k, panel, group), false, rows_of(grad_query, panel));
+    to_keys(panel, d, problem.scale, scratch[gradients], stride, rows_of(problem.q, panel), grad_key);
   });
 }
 
 template <typename T>
 void jvp(const Problem<T>& problem, const T* statistics, const Tangents<T>& tangent, Matrices<T> tangent_out) {
   const int64_t group = problem.group(), dv = problem.value_depth;
-  for_each_panel(problem, 2, [&](const Panel& panel, const Buffers<T>& scratch) {
+  const std::vector<Packed<T>> keys{{&problem.k, problem.depth}, {}, {&tangent.k, problem.depth}};
+  for_each_panel(problem, 3, keys, [&](const Panel& panel, const Scratch<T>& scratch) {
     if (panel.columns() == 0) return zero_rows(rows_of(tangent_out, panel), panel.count, dv);
-    const int64_t stride = scratch.stride;
-    T *p = scratch[0], *t = scratch[1];
-    tangent_weights(problem, tangent, panel, statistics, p, t, stride);
-    to_rows(panel, dv, T(1), t, stride, keys_of(problem.v, panel, group), T(0), rows_of(tangent_out, panel));
-    to_rows(panel, dv, T(1), p, stride, keys_of(tangent.v, panel, group), T(1), rows_of(tangent_out, panel));
+    tangent_weights(problem, tangent, panel, statistics, scratch);
+    to_rows(panel, dv, T(1), scratch[tangents], scratch.stride, keys_of(problem.v, panel, group), false, rows_of(tangent_out, panel));
+    to_rows(panel, dv, T(1), scratch[weights], scratch.stride, keys_of(tangent.v, panel, group), true, rows_of(tangent_out, panel));
   });
 }
 
@@ -61,23 +61,23 @@ void backward_jvp(const Problem<T>& problem, const T* statistics, Matrices<const
                   const std::optional<Matrices<const T>>& tangent_grad_out, Matrices<T> tangent_out,
                   Matrices<T> tangent_grad_query, const KeySums<T>& tangent_grads) {
   const int64_t group = problem.group(), d = problem.depth, dv = problem.value_depth;
-  for_each_panel_summing(problem, tangent_grads, 4, [&](const Panel& panel, const Buffers<T>& scratch, Operand<T> key_sum, Operand<T> value_sum) {
+  const std::vector<Packed<T>> keys{{&problem.k, d}, {&problem.v, dv}, {&tangent.k, d}, {&tangent.v, dv}};
+  for_each_panel_summing(problem, tangent_grads, 4, keys, [&](const Panel& panel, const Scratch<T>& scratch, T* key_sum, T* value_sum) {
     if (panel.columns() == 0) {
       zero_rows(rows_of(tangent_out, panel), panel.count, dv);
       zero_rows(rows_of(tangent_grad_query, panel), panel.count, d);
       return;
     }
     const int64_t stride = scratch.stride;
-    const auto k = keys_of(problem.k, panel, group), v = keys_of(problem.v, panel, group);
     const auto g = rows_of(grad_out, panel);
     std::optional<Operand<const T>> tangent_g;
     if (tangent_grad_out) tangent_g = rows_of(*tangent_grad_out, panel);
-    T *p = scratch[0], *t = scratch[1], *e = scratch[2], *f = scratch[3];
-    tangent_score_gradients(problem, tangent, panel, statistics, g, tangent_g, p, t, e, f, stride);
-    to_rows(panel, dv, T(1), t, stride, v, T(0), rows_of(tangent_out, panel));
-    to_rows(panel, dv, T(1), p, stride, keys_of(tangent.v, panel, group), T(1), rows_of(tangent_out, panel));
-    to_rows(panel, d, problem.scale, f, stride, k, T(0), rows_of(tangent_grad_query, panel));
-    to_rows(panel, d, problem.scale, e, stride, keys_of(tangent.k, panel, group), T(1), rows_of(tangent_grad_query, panel));
+    tangent_score_gradients(problem, tangent, panel, statistics, g, tangent_g, scratch);
+    const T *p = scratch[weights], *t = scratch[tangents], *e = scratch[gradients], *f = scratch[tangent_gradients];
+    to_rows(panel, dv, T(1), t, stride, keys_of(problem.v, panel, group), false, rows_of(tangent_out, panel));
+    to_rows(panel, dv, T(1), p, stride, keys_of(tangent.v, panel, group), true, rows_of(tangent_out, panel));
+    to_rows(panel, d, problem.scale, f, stride, keys_of(problem.k, panel, group), false, rows_of(tangent_grad_query, panel));
+    to_rows(panel, d, problem.scale, e, stride, keys_of(tangent.k, panel, group), true, rows_of(tangent_grad_query, panel));
     to_keys(panel, d, problem.scale, f, stride, rows_of(problem.q, panel), key_sum);
     to_keys(panel, d, problem.scale, e, stride, rows_of(tangent.q, panel), key_sum);
     to_keys(panel, dv, T(1), t, stride, g, value_sum);

@@ -35,17 +35,17 @@ struct Readers {
   std::vector<std::vector<std::pair<int64_t, int64_t>>> of_matrix;
 };
 
-// sum (contiguous, shaped like the mask) = the sums of what gradients(panel, buffers) returns a panel of. A thread has rows of
+// sum (contiguous, shaped like the mask) = the sums of what gradients(panel, scratch) returns a panel of. A thread has rows of
 // the mask to itself and adds to them in a fixed order.
 template <typename T, typename Gradients>
-void sum_to_mask(const Problem<T>& problem, const Tensor& mask, T* sum, int64_t buffers, Gradients gradients) {
+void sum_to_mask(const Problem<T>& problem, const Tensor& mask, T* sum, int64_t buffers, const std::vector<Packed<T>>& keys, Gradients gradients) {
   const Readers readers(mask, problem.lead, problem.batches, problem.heads);
   const int64_t mask_rows = mask.size(mask.dim() - 2), mask_columns = mask.size(mask.dim() - 1);
   const int64_t height = panel_rows(problem, buffers), panels = (problem.rows + height - 1) / height;
   // Where all rows read one, they are one thread's.
   const int64_t together = mask_rows == 1 ? panels : 1, matrices = int64_t(readers.of_matrix.size());
   torch::stable::parallel_for(0, matrices * (panels / std::max<int64_t>(together, 1)), 1, [&](int64_t begin, int64_t end) {
-    const Buffers<T> scratch(problem, buffers, height);
+    Scratch<T> scratch(problem, buffers, height, keys);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t matrix = unit * together / panels, first_panel = unit * together % panels;
       T* of_matrix = sum + matrix * mask_rows * mask_columns;
@@ -55,6 +55,7 @@ void sum_to_mask(const Problem<T>& problem, const Tensor& mask, T* sum, int64_t 
           Panel panel{batch, head, first, std::min(height, problem.rows - first), 0, 0};
           trim(problem, panel);
           if (panel.columns() == 0) continue;
+          scratch.move_to(batch, head / problem.group());
           const T* gradient = gradients(panel, scratch);
           for (int64_t i = 0; i < panel.count; ++i) {
             const T* from = gradient + i * scratch.stride;
@@ -85,9 +86,10 @@ Tensor attention_mask_backward(
   call.with_problem([&](const auto& problem) {
     using T = typename std::decay_t<decltype(problem)>::Element;
     const Matrices<const T> g(grad_out, problem.lead);
-    sum_to_mask(problem, *attn_mask, static_cast<T*>(sums.data_ptr()), 2, [&](const Panel& panel, const Buffers<T>& scratch) {
-      score_gradients(problem, panel, data<T>(statistics), rows_of(g, panel), scratch[0], scratch[1], scratch.stride);
-      return scratch[1];
+    const std::vector<Packed<T>> keys{{&problem.k, problem.depth}, {&problem.v, problem.value_depth}};
+    sum_to_mask(problem, *attn_mask, static_cast<T*>(sums.data_ptr()), 2, keys, [&](const Panel& panel, const Scratch<T>& scratch) {
+      score_gradients(problem, panel, data<T>(statistics), rows_of(g, panel), scratch);
+      return scratch[gradients];
     });
   });
   return call.as_given(sums);
@@ -110,12 +112,13 @@ Tensor attention_mask_backward_jvp(
     std::optional<Matrices<const T>> tangent_g;
     if (tangent_grad_out) tangent_g.emplace(*tangent_grad_out, problem.lead);
     const Tangents<T> tangent = tangents.read<T>(problem);
-    sum_to_mask(problem, *attn_mask, static_cast<T*>(sums.data_ptr()), 4, [&](const Panel& panel, const Buffers<T>& scratch) {
+    const std::vector<Packed<T>> keys{{&problem.k, problem.depth}, {&problem.v, problem.value_depth},
+                                      {&tangent.k, problem.depth}, {&tangent.v, problem.value_depth}};
+    sum_to_mask(problem, *attn_mask, static_cast<T*>(sums.data_ptr()), 4, keys, [&](const Panel& panel, const Scratch<T>& scratch) {
       std::optional<Operand<const T>> tangent_g_rows;
       if (tangent_g) tangent_g_rows = rows_of(*tangent_g, panel);
-      tangent_score_gradients(problem, tangent, panel, data<T>(statistics), rows_of(g, panel), tangent_g_rows,
-                              scratch[0], scratch[1], scratch[2], scratch[3], scratch.stride);
-      return scratch[3];
+      tangent_score_gradients(problem, tangent, panel, data<T>(statistics), rows_of(g, panel), tangent_g_rows, scratch);
+      return scratch[tangent_gradients];
     });
   });
   return call.as_given(sums);

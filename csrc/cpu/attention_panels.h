@@ -5,18 +5,35 @@
 
 #include <algorithm>
 #include <memory>
+#include <vector>
 
 #include "cpu/attention_problem.h"
+#include "cpu/products.h"
 
 namespace metafast {
 
 constexpr int64_t most_rows = 128;
 
-// How many rows a panel has. Taller panels make better matrix products, which pack the keys anew for every panel; shorter ones
-// keep the buffers nearer to the core. Between 1 and 4 MiB a thread there is little to choose (measured at N = 128 to 2048).
+// A number of columns in whole blocks of the products.
+template <typename T>
+int64_t padded_columns(int64_t columns) {
+  const int64_t block = products<T>().block;
+  return (columns + block - 1) / block * block;
+}
+
+// What has a row a key and is laid out for products with panels' rows; a pass leaves out what it does not multiply so.
+enum { of_key, of_value, of_tangent_key, of_tangent_value };
+
+template <typename T>
+struct Packed {
+  const Matrices<const T>* matrices = nullptr;
+  int64_t depth = 0;
+};
+
+// How many rows a panel has. Taller panels read the keys less often; shorter ones keep the buffers nearer to the core.
 template <typename T>
 int64_t panel_rows(const Problem<T>& problem, int64_t buffers) {
-  constexpr int64_t cache = 2 * 1024 * 1024;
+  constexpr int64_t cache = 1 * 1024 * 1024;
   const int64_t columns = std::max<int64_t>(problem.widest(most_rows), 1);
   const int64_t fitting = cache / (buffers * columns * int64_t(sizeof(T)));
   const int64_t most = std::clamp<int64_t>(fitting / 8 * 8, 16, most_rows);
@@ -24,21 +41,52 @@ int64_t panel_rows(const Problem<T>& problem, int64_t buffers) {
   return (rows + panels - 1) / panels;
 }
 
-// Scratch of one thread. Uninitialised: every pass writes before it reads.
+// Scratch of one thread: buffers for the scores of a panel, and what is laid out once for all panels of a key head, the
+// matrices that the pass multiplies panels' rows with. Buffers are uninitialised: every pass writes before it reads.
 template <typename T>
-struct Buffers {
-  Buffers(const Problem<T>& problem, int64_t count, int64_t panel)
-      : stride(stride_of(problem.widest(panel))), size(panel * stride), memory(new T[size_t(count * size)]) {}
-  T* operator[](int64_t i) const { return memory.get() + i * size; }
-
-  // Rows a large power of two apart would compete for the same lines of the cache.
-  static int64_t stride_of(int64_t columns) {
-    const int64_t padded = (columns + 15) / 16 * 16;
-    return padded % 256 == 0 ? padded + 16 : padded;
+class Scratch {
+ public:
+  Scratch(const Problem<T>& problem, int64_t buffers, int64_t panel, const std::vector<Packed<T>>& keys)
+      : stride(stride_of(padded_columns<T>(problem.widest(panel)))), problem_(problem), keys_(keys), size_(panel * stride) {
+    int64_t total = buffers * size_;
+    for (const Packed<T>& one : keys_) {
+      offsets_.push_back(total);
+      total += padded_columns<T>(problem.columns) * one.depth;
+    }
+    memory_.reset(new T[size_t(total)]);
   }
 
-  int64_t stride, size;
-  std::unique_ptr<T[]> memory;
+  // A buffer of the panel's scores.
+  T* operator[](int64_t i) const { return memory_.get() + i * size_; }
+
+  // The keys that a panel reads, of_key and so on, as outer takes them.
+  const T* keys(int64_t i, const Panel& panel) const {
+    return memory_.get() + offsets_[size_t(i)] + panel.begin * keys_[size_t(i)].depth;
+  }
+
+  void move_to(int64_t batch, int64_t key_head) {
+    if (batch == batch_ && key_head == key_head_) return;
+    batch_ = batch;
+    key_head_ = key_head;
+    for (size_t i = 0; i < keys_.size(); ++i) {
+      if (!keys_[i].matrices) continue;
+      const Matrices<const T>& matrices = *keys_[i].matrices;
+      products<T>().pack(problem_.columns, keys_[i].depth, matrices.at(batch, key_head), matrices.row_stride, memory_.get() + offsets_[i]);
+    }
+  }
+
+  const int64_t stride;
+
+ private:
+  // Rows a large power of two apart would compete for the same lines of the cache.
+  static int64_t stride_of(int64_t columns) { return columns % 256 == 0 ? columns + products<T>().block : columns; }
+
+  const Problem<T>& problem_;
+  const std::vector<Packed<T>>& keys_;
+  const int64_t size_;
+  std::vector<int64_t> offsets_;
+  std::unique_ptr<T[]> memory_;
+  int64_t batch_ = -1, key_head_ = -1;
 };
 
 // One operand of a product: a panel's rows, or the keys that the panel reads, of a tensor's matrix.
@@ -66,17 +114,18 @@ void zero_rows(Operand<T> rows, int64_t count, int64_t depth) {
 // Below about this many multiply-adds a second thread costs more than it brings.
 constexpr int64_t worth_a_thread = 1 << 17;
 
-// Calls body(panel, buffers) for every panel; for passes that write nothing but their own rows.
+// Calls body(panel, scratch) for every panel; for passes that write nothing but their own rows.
 template <typename T, typename Body>
-void for_each_panel(const Problem<T>& problem, int64_t buffers, Body body) {
+void for_each_panel(const Problem<T>& problem, int64_t buffers, const std::vector<Packed<T>>& keys, Body body) {
   const int64_t height = panel_rows(problem, buffers), panels = (problem.rows + height - 1) / height;
   const int64_t work = std::max<int64_t>(height * problem.widest(height) * (problem.depth + problem.value_depth), 1);
   torch::stable::parallel_for(0, problem.batches * problem.heads * panels, worth_a_thread / work + 1, [&](int64_t begin, int64_t end) {
-    const Buffers<T> scratch(problem, buffers, height);
+    Scratch<T> scratch(problem, buffers, height, keys);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t matrix = i / panels, first = i % panels * height;
       Panel panel{matrix / problem.heads, matrix % problem.heads, first, std::min(height, problem.rows - first), 0, 0};
       trim(problem, panel);
+      scratch.move_to(panel.batch, panel.head / problem.group());
       body(panel, scratch);
     }
   });
@@ -88,56 +137,53 @@ struct KeySums {
   Matrices<T> key, value;
 };
 
-// Calls body(panel, buffers, key_sum, value_sum) for every panel, where key_sum(panel) and value_sum(panel) are the rows
-// that the panel adds to. Key heads are spread over threads; where there are too few of them, so are the panels of one, each
-// share with sums of its own, which are then added in a fixed order.
+// Calls body(panel, scratch, key_sum, value_sum) for every panel, where the sums are the blocks that the panel adds to. Key heads
+// are spread over threads; where there are too few of them, so are the panels of one, each share with sums of its own, which are
+// then added in a fixed order.
 template <typename T, typename Body>
-void for_each_panel_summing(const Problem<T>& problem, const KeySums<T>& sums, int64_t buffers, Body body) {
+void for_each_panel_summing(const Problem<T>& problem, const KeySums<T>& sums, int64_t buffers, const std::vector<Packed<T>>& keys, Body body) {
   const int64_t height = panel_rows(problem, buffers), panels = (problem.rows + height - 1) / height * problem.group();
   const int64_t units = problem.batches * problem.key_heads, threads = torch::stable::get_num_threads();
   if (units == 0) return;
   const int64_t work = std::max<int64_t>(panels * height * problem.widest(height) * (problem.depth + problem.value_depth), 1);
   const int64_t shares = units >= threads ? 1 : std::clamp<int64_t>(std::min(panels, work / worth_a_thread), 1, (threads + units - 1) / units);
   const int64_t per_share = (panels + shares - 1) / shares;
-  const int64_t key_size = problem.columns * problem.depth, value_size = problem.columns * problem.value_depth;
-  std::vector<T> partial(size_t((shares - 1) * units * (key_size + value_size)));
+  const int64_t key_size = padded_columns<T>(problem.columns) * problem.depth;
+  const int64_t size = key_size + padded_columns<T>(problem.columns) * problem.value_depth;
+  const auto write = [&](int64_t unit, const T* sum) {
+    const int64_t batch = unit / problem.key_heads, key_head = unit % problem.key_heads;
+    products<T>().unpack(problem.columns, problem.depth, sum, sums.key.at(batch, key_head), sums.key.row_stride);
+    products<T>().unpack(problem.columns, problem.value_depth, sum + key_size, sums.value.at(batch, key_head), sums.value.row_stride);
+  };
+  std::unique_ptr<T[]> of_shares(shares > 1 ? new T[size_t(units * shares * size)] : nullptr);
 
   torch::stable::parallel_for(0, units * shares, shares > 1 ? 1 : worth_a_thread / work + 1, [&](int64_t begin, int64_t end) {
-    const Buffers<T> scratch(problem, buffers, height);
+    Scratch<T> scratch(problem, buffers, height, keys);
+    std::unique_ptr<T[]> own(shares > 1 ? nullptr : new T[size_t(size)]);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t unit = i / shares, share = i % shares;
       const int64_t batch = unit / problem.key_heads, key_head = unit % problem.key_heads;
-      Operand<T> key_sum{sums.key.at(batch, key_head), sums.key.row_stride};
-      Operand<T> value_sum{sums.value.at(batch, key_head), sums.value.row_stride};
-      if (share > 0) {
-        T* own = partial.data() + (unit * (shares - 1) + share - 1) * (key_size + value_size);
-        key_sum = {own, problem.depth};
-        value_sum = {own + key_size, problem.value_depth};
-      } else {
-        zero_rows(key_sum, problem.columns, problem.depth);
-        zero_rows(value_sum, problem.columns, problem.value_depth);
-      }
+      T* sum = shares > 1 ? of_shares.get() + i * size : own.get();
+      std::fill(sum, sum + size, T(0));
+      scratch.move_to(batch, key_head);
       for (int64_t j = share * per_share; j < std::min(panels, (share + 1) * per_share); ++j) {
         const int64_t per_head = panels / problem.group(), first = j % per_head * height;
         Panel panel{batch, key_head * problem.group() + j / per_head, first, std::min(height, problem.rows - first), 0, 0};
         trim(problem, panel);
-        body(panel, scratch, Operand<T>{key_sum.data + panel.begin * key_sum.stride, key_sum.stride},
-             Operand<T>{value_sum.data + panel.begin * value_sum.stride, value_sum.stride});
+        body(panel, scratch, sum + panel.begin * problem.depth, sum + key_size + panel.begin * problem.value_depth);
       }
+      if (shares == 1) write(unit, sum);
     }
   });
 
   if (shares == 1) return;
-  torch::stable::parallel_for(0, units * problem.columns, 256, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t unit = i / problem.columns, j = i % problem.columns;
-      T* key = sums.key.at(unit / problem.key_heads, unit % problem.key_heads) + j * sums.key.row_stride;
-      T* value = sums.value.at(unit / problem.key_heads, unit % problem.key_heads) + j * sums.value.row_stride;
-      for (int64_t share = 0; share < shares - 1; ++share) {
-        const T* own = partial.data() + (unit * (shares - 1) + share) * (key_size + value_size);
-        for (int64_t c = 0; c < problem.depth; ++c) key[c] += own[j * problem.depth + c];
-        for (int64_t c = 0; c < problem.value_depth; ++c) value[c] += own[key_size + j * problem.value_depth + c];
+  torch::stable::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t unit = begin; unit < end; ++unit) {
+      T* sum = of_shares.get() + unit * shares * size;
+      for (int64_t share = 1; share < shares; ++share) {
+        for (int64_t c = 0; c < size; ++c) sum[c] += sum[share * size + c];
       }
+      write(unit, sum);
     }
   });
 }

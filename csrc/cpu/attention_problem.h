@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "cpu/products.h"
 
 namespace metafast {
 
@@ -94,7 +95,8 @@ struct Problem {
 
   // The most keys that a panel of so many rows reads, masks aside.
   int64_t widest(int64_t panel_rows) const {
-    return left < 0 || right < 0 ? columns : std::min(columns, left + right + panel_rows);
+    const int64_t aligning = 2 * products<T>().block;
+    return left < 0 || right < 0 ? columns : std::min(columns, left + right + panel_rows + aligning);
   }
 };
 
@@ -122,13 +124,22 @@ bool may_attend(const Problem<T>& problem, const Panel& panel, int64_t row, int6
   return !(added == -std::numeric_limits<T>::infinity());
 }
 
+// Widens a panel to whole blocks of the products. The keys that this adds are forbidden like others inside the panel.
+template <typename T>
+void align(const Problem<T>& problem, Panel& panel) {
+  if (panel.columns() == 0) return;
+  const int64_t block = products<T>().block;
+  panel.begin = panel.begin / block * block;
+  panel.end = std::min(problem.columns, (panel.end + block - 1) / block * block);
+}
+
 // Narrows a panel to the keys between the first and the last that any of its rows may attend to.
 template <typename T>
 void trim(const Problem<T>& problem, Panel& panel) {
   const int64_t last_row = panel.first + panel.count - 1;
   panel.end = problem.right < 0 ? problem.columns : std::min(problem.columns, last_row + problem.right + 1);
   panel.begin = problem.left < 0 ? 0 : std::clamp<int64_t>(panel.first - problem.left, 0, panel.end);
-  if (!problem.keep && !problem.bias) return;
+  if (!problem.keep && !problem.bias) return align(problem, panel);
   const int64_t row_stride = problem.keep ? problem.keep->row_stride : problem.bias->row_stride;
   const int64_t distinct = row_stride == 0 ? 1 : panel.count;
   int64_t begin = panel.end, end = panel.begin;
@@ -142,6 +153,7 @@ void trim(const Problem<T>& problem, Panel& panel) {
   }
   panel.begin = std::min(begin, end);
   panel.end = end;
+  align(problem, panel);
 }
 
 // The part of a panel's columns that lies in the window of its row i: [first, last).

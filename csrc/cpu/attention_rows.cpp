@@ -6,13 +6,7 @@
 
 #include "cpu/capability.h"
 
-// Compiled for each instruction set in turn. The standard headers are above, so that no inline function of theirs is
-// built for an instruction set that the machine may lack.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define METAFAST_X86_VARIANTS 1
-#else
-#define METAFAST_X86_VARIANTS 0
-#endif
+#define METAFAST_VARIANT "cpu/attention_rows.inl"
 
 namespace metafast {
 namespace {
@@ -30,23 +24,7 @@ namespace {
 #define EXP_POLYNOMIAL(r) \
   (1.f + r * (1.f + r * (0.5f + r * (1.f / 6 + r * (1.f / 24 + r * (1.f / 120 + r * (1.f / 720 + r * (1.f / 5040))))))))
 namespace single {
-#define CAPABILITY_NAMESPACE baseline
-#include "cpu/attention_rows.inl"
-#undef CAPABILITY_NAMESPACE
-#if METAFAST_X86_VARIANTS
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#define CAPABILITY_NAMESPACE avx2
-#include "cpu/attention_rows.inl"
-#undef CAPABILITY_NAMESPACE
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,fma,prefer-vector-width=512")
-#define CAPABILITY_NAMESPACE avx512
-#include "cpu/attention_rows.inl"
-#undef CAPABILITY_NAMESPACE
-#pragma GCC pop_options
-#endif
+#include "cpu/variants.inl"
 }  // namespace single
 #undef REAL
 #undef INTEGER
@@ -73,43 +51,19 @@ namespace single {
   (1. / 40320 + r * (1. / 362880 + r * (1. / 3628800 + r * (1. / 39916800 + r * (1. / 479001600 + r *               \
   (1. / 6227020800))))))))))))))
 namespace precise {
-#define CAPABILITY_NAMESPACE baseline
-#include "cpu/attention_rows.inl"
-#undef CAPABILITY_NAMESPACE
-#if METAFAST_X86_VARIANTS
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#define CAPABILITY_NAMESPACE avx2
-#include "cpu/attention_rows.inl"
-#undef CAPABILITY_NAMESPACE
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,fma,prefer-vector-width=512")
-#define CAPABILITY_NAMESPACE avx512
-#include "cpu/attention_rows.inl"
-#undef CAPABILITY_NAMESPACE
-#pragma GCC pop_options
-#endif
+#include "cpu/variants.inl"
 }  // namespace precise
 
 }  // namespace
 
 template <>
 const AttentionRows<float>& attention_rows<float>() {
-#if METAFAST_X86_VARIANTS
-  if (cpu_capability() == Capability::avx512) return single::avx512::table;
-  if (cpu_capability() == Capability::avx2) return single::avx2::table;
-#endif
-  return single::baseline::table;
+  return single::widest_table();
 }
 
 template <>
 const AttentionRows<double>& attention_rows<double>() {
-#if METAFAST_X86_VARIANTS
-  if (cpu_capability() == Capability::avx512) return precise::avx512::table;
-  if (cpu_capability() == Capability::avx2) return precise::avx2::table;
-#endif
-  return precise::baseline::table;
+  return precise::widest_table();
 }
 
 }  // namespace metafast

@@ -3,27 +3,26 @@
 
 #include "cpu/attention_panels.h"
 #include "cpu/attention_rows.h"
-#include "cpu/gemm.h"
 
 namespace metafast {
 
 // The three products of a pass. x is [count, columns] in a panel's buffer, rows is [count, depth], keys [columns, depth].
-// x = alpha rows keys^T + beta x
+// x = alpha rows keys^T, or x + that; keys as Scratch has laid them out
 template <typename T>
-void outer(const Panel& panel, int64_t depth, T alpha, Operand<const T> rows, Operand<const T> keys, T beta, T* x, int64_t stride) {
-  gemm(false, true, panel.count, panel.columns(), depth, alpha, rows.data, rows.stride, keys.data, keys.stride, beta, x, stride);
+void outer(const Panel& panel, int64_t depth, T alpha, Operand<const T> rows, const T* keys, bool accumulate, T* x, int64_t stride) {
+  products<T>().outer(panel.count, panel.columns(), depth, alpha, rows.data, rows.stride, keys, accumulate, x, stride);
 }
 
-// rows = alpha x keys + beta rows
+// rows = alpha x keys, or rows + that
 template <typename T>
-void to_rows(const Panel& panel, int64_t depth, T alpha, const T* x, int64_t stride, Operand<const T> keys, T beta, Operand<T> rows) {
-  gemm(false, false, panel.count, depth, panel.columns(), alpha, x, stride, keys.data, keys.stride, beta, rows.data, rows.stride);
+void to_rows(const Panel& panel, int64_t depth, T alpha, const T* x, int64_t stride, Operand<const T> keys, bool accumulate, Operand<T> rows) {
+  products<T>().to_rows(panel.count, panel.columns(), depth, alpha, x, stride, keys.data, keys.stride, accumulate, rows.data, rows.stride);
 }
 
-// keys += alpha x^T rows
+// sums += alpha x^T rows; sums in blocks
 template <typename T>
-void to_keys(const Panel& panel, int64_t depth, T alpha, const T* x, int64_t stride, Operand<const T> rows, Operand<T> keys) {
-  gemm(true, false, panel.columns(), depth, panel.count, alpha, x, stride, rows.data, rows.stride, T(1), keys.data, keys.stride);
+void to_keys(const Panel& panel, int64_t depth, T alpha, const T* x, int64_t stride, Operand<const T> rows, T* sums) {
+  products<T>().to_keys(panel.count, panel.columns(), depth, alpha, x, stride, rows.data, rows.stride, sums);
 }
 
 template <typename T>
@@ -34,10 +33,11 @@ void add_mask(const Matrices<const T>& mask, const Panel& panel, T* s, int64_t s
   }
 }
 
-// scale q k^T under the mask, the window excepted.
+// s = scale q k^T under the mask, the window excepted.
 template <typename T>
-void scores(const Problem<T>& problem, const Panel& panel, T* s, int64_t stride) {
-  outer(panel, problem.depth, problem.scale, rows_of(problem.q, panel), keys_of(problem.k, panel, problem.group()), T(0), s, stride);
+void scores(const Problem<T>& problem, const Panel& panel, const Scratch<T>& scratch, T* s) {
+  const int64_t stride = scratch.stride;
+  outer(panel, problem.depth, problem.scale, rows_of(problem.q, panel), scratch.keys(of_key, panel), false, s, stride);
   if (problem.bias) return add_mask(*problem.bias, panel, s, stride);
   if (!problem.keep) return;
   const auto& keep = *problem.keep;
@@ -60,11 +60,11 @@ void for_each_window(const Problem<T>& problem, const Panel& panel, Scalar* stat
   }
 }
 
-// The softmax again, from the saved statistics.
+// p = the softmax again, from the saved statistics.
 template <typename T>
-void probabilities(const Problem<T>& problem, const Panel& panel, const T* statistics, T* p, int64_t stride) {
-  scores(problem, panel, p, stride);
-  for_each_window(problem, panel, statistics, p, stride, attention_rows<T>().probabilities);
+void probabilities(const Problem<T>& problem, const Panel& panel, const T* statistics, const Scratch<T>& scratch, T* p) {
+  scores(problem, panel, scratch, p);
+  for_each_window(problem, panel, statistics, p, scratch.stride, attention_rows<T>().probabilities);
 }
 
 // The factors that dropout puts on a row of weights, 0 or 1 / (1 - p): made anew for each row, in one buffer.
@@ -72,35 +72,37 @@ template <typename T>
 class DropoutFactors {
  public:
   explicit DropoutFactors(const Problem<T>& problem, const Panel& panel)
-      : problem_(problem), panel_(panel), factors_(problem.dropout ? panel.columns() + 8 : 0) {}
+      : problem_(problem), panel_(panel), factors_(problem.dropout ? panel.columns() + 4 : 0) {}
 
   // Draws those of the panel's row i. Without dropout nothing is drawn, and multiply does nothing.
   void draw(int64_t i) {
     if (!problem_.dropout) return;
     const Dropout& dropout = *problem_.dropout;
-    // Words come in groups of four columns, of which the panel may begin within one.
-    const int64_t group = panel_.begin / 4, groups = (panel_.end + 3) / 4 - group;
-    attention_rows<T>().dropout(groups, group, panel_.first + i, panel_.head, dropout.seeds[panel_.batch], dropout.threshold,
-                                T(dropout.scale), factors_.data());
-    row_ = factors_.data() + (panel_.begin - group * 4);
+    // Words come in groups of four columns; a panel begins with a block, and so with a group.
+    attention_rows<T>().dropout((panel_.columns() + 3) / 4, panel_.begin / 4, panel_.first + i, panel_.head,
+                                dropout.seeds[panel_.batch], dropout.threshold, T(dropout.scale), factors_.data());
   }
 
   void multiply(T* row) const {
-    if (problem_.dropout) attention_rows<T>().multiply(panel_.columns(), row_, row);
+    if (problem_.dropout) attention_rows<T>().multiply(panel_.columns(), factors_.data(), row);
   }
 
  private:
   const Problem<T>& problem_;
   const Panel& panel_;
   std::vector<T> factors_;
-  const T* row_ = nullptr;
 };
 
-// p becomes the dropped weights Z, e the gradient of the scores. Before, e is anything.
+// Buffers of a panel's scores, by what the functions below leave in them.
+enum { weights, gradients, tangents, tangent_gradients };
+
+// weights = the dropped weights Z, gradients = dS.
 template <typename T>
-void score_gradients(const Problem<T>& problem, const Panel& panel, const T* statistics, Operand<const T> grad_out, T* p, T* e, int64_t stride) {
-  probabilities(problem, panel, statistics, p, stride);
-  outer(panel, problem.value_depth, T(1), grad_out, keys_of(problem.v, panel, problem.group()), T(0), e, stride);
+void score_gradients(const Problem<T>& problem, const Panel& panel, const T* statistics, Operand<const T> grad_out, const Scratch<T>& scratch) {
+  const int64_t stride = scratch.stride;
+  T *p = scratch[weights], *e = scratch[gradients];
+  probabilities(problem, panel, statistics, scratch, p);
+  outer(panel, problem.value_depth, T(1), grad_out, scratch.keys(of_value, panel), false, e, stride);
   DropoutFactors<T> factors(problem, panel);
   for (int64_t i = 0; i < panel.count; ++i) {
     T *p_row = p + i * stride, *e_row = e + i * stride;
@@ -113,17 +115,20 @@ void score_gradients(const Problem<T>& problem, const Panel& panel, const T* sta
 
 // t = the tangent of the scores.
 template <typename T>
-void tangent_scores(const Problem<T>& problem, const Tangents<T>& tangent, const Panel& panel, T* t, int64_t stride) {
-  outer(panel, problem.depth, problem.scale, rows_of(tangent.q, panel), keys_of(problem.k, panel, problem.group()), T(0), t, stride);
-  outer(panel, problem.depth, problem.scale, rows_of(problem.q, panel), keys_of(tangent.k, panel, problem.group()), T(1), t, stride);
+void tangent_scores(const Problem<T>& problem, const Tangents<T>& tangent, const Panel& panel, const Scratch<T>& scratch, T* t) {
+  const int64_t d = problem.depth, stride = scratch.stride;
+  outer(panel, d, problem.scale, rows_of(tangent.q, panel), scratch.keys(of_key, panel), false, t, stride);
+  outer(panel, d, problem.scale, rows_of(problem.q, panel), scratch.keys(of_tangent_key, panel), true, t, stride);
   if (tangent.mask) add_mask(*tangent.mask, panel, t, stride);
 }
 
-// p becomes the dropped weights Z, t their tangent.
+// weights = the dropped weights Z, tangents = their tangent.
 template <typename T>
-void tangent_weights(const Problem<T>& problem, const Tangents<T>& tangent, const Panel& panel, const T* statistics, T* p, T* t, int64_t stride) {
-  probabilities(problem, panel, statistics, p, stride);
-  tangent_scores(problem, tangent, panel, t, stride);
+void tangent_weights(const Problem<T>& problem, const Tangents<T>& tangent, const Panel& panel, const T* statistics, const Scratch<T>& scratch) {
+  const int64_t stride = scratch.stride;
+  T *p = scratch[weights], *t = scratch[tangents];
+  probabilities(problem, panel, statistics, scratch, p);
+  tangent_scores(problem, tangent, panel, scratch, t);
   DropoutFactors<T> factors(problem, panel);
   for (int64_t i = 0; i < panel.count; ++i) {
     T *p_row = p + i * stride, *t_row = t + i * stride;
@@ -134,18 +139,18 @@ void tangent_weights(const Problem<T>& problem, const Tangents<T>& tangent, cons
   }
 }
 
-// p becomes the dropped weights Z, t their tangent, e the gradient of the scores, f the tangent of that.
+// weights = the dropped weights Z, tangents = their tangent, gradients = dS, tangent_gradients = the tangent of that.
 template <typename T>
 void tangent_score_gradients(const Problem<T>& problem, const Tangents<T>& tangent, const Panel& panel, const T* statistics,
                              Operand<const T> grad_out, const std::optional<Operand<const T>>& tangent_grad_out,
-                             T* p, T* t, T* e, T* f, int64_t stride) {
-  const int64_t dv = problem.value_depth;
-  const auto v = keys_of(problem.v, panel, problem.group());
-  probabilities(problem, panel, statistics, p, stride);
-  tangent_scores(problem, tangent, panel, t, stride);
-  outer(panel, dv, T(1), grad_out, v, T(0), e, stride);
-  outer(panel, dv, T(1), grad_out, keys_of(tangent.v, panel, problem.group()), T(0), f, stride);
-  if (tangent_grad_out) outer(panel, dv, T(1), *tangent_grad_out, v, T(1), f, stride);
+                             const Scratch<T>& scratch) {
+  const int64_t dv = problem.value_depth, stride = scratch.stride;
+  T *p = scratch[weights], *t = scratch[tangents], *e = scratch[gradients], *f = scratch[tangent_gradients];
+  probabilities(problem, panel, statistics, scratch, p);
+  tangent_scores(problem, tangent, panel, scratch, t);
+  outer(panel, dv, T(1), grad_out, scratch.keys(of_value, panel), false, e, stride);
+  outer(panel, dv, T(1), grad_out, scratch.keys(of_tangent_value, panel), false, f, stride);
+  if (tangent_grad_out) outer(panel, dv, T(1), *tangent_grad_out, scratch.keys(of_value, panel), true, f, stride);
   DropoutFactors<T> factors(problem, panel);
   for (int64_t i = 0; i < panel.count; ++i) {
     T *p_row = p + i * stride, *t_row = t + i * stride, *e_row = e + i * stride, *f_row = f + i * stride;

@@ -1,0 +1,152 @@
+// Included once for each element type and instruction set by products.cpp, which defines REAL, VECTOR_BYTES and
+// CAPABILITY_NAMESPACE. Plain functions, not templates: a target pragma reaches what is written under it, not what is
+// instantiated from it.
+
+namespace CAPABILITY_NAMESPACE {
+
+typedef REAL Vector __attribute__((vector_size(VECTOR_BYTES)));
+typedef REAL UnalignedVector __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(REAL)), may_alias));
+
+constexpr int64_t width = VECTOR_BYTES / sizeof(REAL), block = 2 * width;
+
+inline __attribute__((always_inline)) Vector load(const REAL* from) { return *reinterpret_cast<const UnalignedVector*>(from); }
+inline __attribute__((always_inline)) void store(Vector vector, REAL* to) { *reinterpret_cast<UnalignedVector*>(to) = vector; }
+
+// c = alpha sum_k a_k b_k, or c + that: c is [rows, vectors * width], a_k a column and b_k a row. The accumulators stay in
+// registers: six rows of two vectors, and the operands, are what sixteen registers hold.
+inline __attribute__((always_inline)) void tile(
+    const int rows, const int vectors, int64_t depth, REAL alpha, const REAL* __restrict a, int64_t a_row, int64_t a_step,
+    const REAL* __restrict b, int64_t b_step, bool accumulate, REAL* __restrict c, int64_t c_row) {
+  Vector sums[6][2];
+#pragma GCC unroll 6
+  for (int r = 0; r < rows; ++r) {
+    sums[r][0] = Vector{};
+    sums[r][1] = Vector{};
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    const Vector first = load(b + k * b_step), second = vectors > 1 ? load(b + k * b_step + width) : Vector{};
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; ++r) {
+      const REAL factor = a[r * a_row + k * a_step];
+      sums[r][0] += factor * first;
+      if (vectors > 1) sums[r][1] += factor * second;
+    }
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; ++v) {
+      REAL* to = c + r * c_row + v * width;
+      const Vector product = alpha * sums[r][v];
+      store(accumulate ? load(to) + product : product, to);
+    }
+  }
+}
+
+// The same for any number of rows up to six; each case is compiled apart.
+void tile_of(int64_t rows, int64_t vectors, int64_t depth, REAL alpha, const REAL* a, int64_t a_row, int64_t a_step,
+             const REAL* b, int64_t b_step, bool accumulate, REAL* c, int64_t c_row) {
+#define METAFAST_TILE(ROWS)                                                                              \
+  case ROWS:                                                                                             \
+    if (vectors == 2) return tile(ROWS, 2, depth, alpha, a, a_row, a_step, b, b_step, accumulate, c, c_row); \
+    return tile(ROWS, 1, depth, alpha, a, a_row, a_step, b, b_step, accumulate, c, c_row);
+  switch (rows) {
+    METAFAST_TILE(1)
+    METAFAST_TILE(2)
+    METAFAST_TILE(3)
+    METAFAST_TILE(4)
+    METAFAST_TILE(5)
+    METAFAST_TILE(6)
+  }
+#undef METAFAST_TILE
+}
+
+// Rows in groups of at most six, as equal as can be: [first(g), first(g + 1)) is the g-th.
+struct Groups {
+  explicit Groups(int64_t rows_) : rows(rows_), count((rows_ + 5) / 6) {}
+  int64_t first(int64_t g) const { return g * rows / count; }
+  int64_t rows, count;
+};
+
+void pack(int64_t columns, int64_t depth, const REAL* keys, int64_t stride, REAL* blocked) {
+  for (int64_t j = 0; j < columns; j += block) {
+    REAL* to = blocked + j * depth;
+    const int64_t n = std::min(block, columns - j);
+    if (n < block) std::fill(to, to + block * depth, REAL(0));
+    for (int64_t i = 0; i < n; ++i) {
+      const REAL* from = keys + (j + i) * stride;
+      for (int64_t c = 0; c < depth; ++c) to[c * block + i] = from[c];
+    }
+  }
+}
+
+void unpack(int64_t columns, int64_t depth, const REAL* blocked, REAL* keys, int64_t stride) {
+  for (int64_t j = 0; j < columns; j += block) {
+    const REAL* from = blocked + j * depth;
+    const int64_t n = std::min(block, columns - j);
+    for (int64_t i = 0; i < n; ++i) {
+      REAL* to = keys + (j + i) * stride;
+      for (int64_t c = 0; c < depth; ++c) to[c] = from[c * block + i];
+    }
+  }
+}
+
+// Keys that are worked on at a time stay in the nearest caches while the rows of a panel pass by.
+constexpr int64_t keys_at_a_time = 128;
+
+void outer(int64_t count, int64_t columns, int64_t depth, REAL alpha, const REAL* rows, int64_t row_stride,
+           const REAL* blocked, bool accumulate, REAL* x, int64_t stride) {
+  const Groups groups(count);
+  for (int64_t first = 0; first < columns; first += keys_at_a_time) {
+    const int64_t last = std::min(columns, first + keys_at_a_time);
+    for (int64_t g = 0; g < groups.count; ++g) {
+      const int64_t i = groups.first(g), n = groups.first(g + 1) - i;
+      for (int64_t j = first; j < last; j += block) {
+        tile_of(n, 2, depth, alpha, rows + i * row_stride, row_stride, 1, blocked + j * depth, block, accumulate,
+                x + i * stride + j, stride);
+      }
+    }
+  }
+}
+
+void to_rows(int64_t count, int64_t columns, int64_t depth, REAL alpha, const REAL* x, int64_t stride, const REAL* keys,
+             int64_t key_stride, bool accumulate, REAL* rows, int64_t row_stride) {
+  const Groups groups(count);
+  for (int64_t first = 0; first < columns; first += keys_at_a_time) {
+    const int64_t n_keys = std::min(columns - first, keys_at_a_time);
+    for (int64_t g = 0; g < groups.count; ++g) {
+      const int64_t i = groups.first(g), n = groups.first(g + 1) - i;
+      const REAL *a = x + i * stride + first, *b = keys + first * key_stride;
+      REAL* c = rows + i * row_stride;
+      const bool add = accumulate || first > 0;
+      int64_t at = 0;
+      for (; at + width <= depth; at += block) {
+        tile_of(n, at + block <= depth ? 2 : 1, n_keys, alpha, a, stride, 1, b + at, key_stride, add, c + at, row_stride);
+      }
+      // What is left of a depth that is no multiple of a vector.
+      for (at = depth / width * width; at < depth; ++at) {
+        for (int64_t r = 0; r < n; ++r) {
+          REAL sum = 0;
+          for (int64_t k = 0; k < n_keys; ++k) sum += a[r * stride + k] * b[k * key_stride + at];
+          REAL& to = c[r * row_stride + at];
+          to = add ? to + alpha * sum : alpha * sum;
+        }
+      }
+    }
+  }
+}
+
+void to_keys(int64_t count, int64_t columns, int64_t depth, REAL alpha, const REAL* x, int64_t stride, const REAL* rows,
+             int64_t row_stride, REAL* blocked) {
+  const Groups groups(depth);
+  for (int64_t j = 0; j < columns; j += block) {
+    for (int64_t g = 0; g < groups.count; ++g) {
+      const int64_t c = groups.first(g), n = groups.first(g + 1) - c;
+      tile_of(n, 2, count, alpha, rows + c, 1, row_stride, x + j, stride, true, blocked + j * depth + c * block, block);
+    }
+  }
+}
+
+const Products<REAL> table{block, pack, unpack, outer, to_rows, to_keys};
+
+}  // namespace CAPABILITY_NAMESPACE
