@@ -118,9 +118,10 @@ def test_steps_equal_torch_optim(rule: SGD, backend: str) -> None:
     params, state = start, None
     for step, grads in enumerate(gradients):
         params, state = task_update(rule, params, grads, state, step=step, backend=backend)
+    options = {f.name: getattr(rule, f.name) for f in dataclasses.fields(rule) if not f.kw_only}
     for task in range(TASKS):
         expected = [torch.nn.Parameter(tensor.clone()) for tensor in start]
-        optimizer = torch.optim.SGD(expected, **dataclasses.asdict(rule))
+        optimizer = torch.optim.SGD(expected, **options)
         for grads in gradients:
             for param, grad in zip(expected, grads, strict=True):
                 param.grad = grad[task].clone()
@@ -446,12 +447,33 @@ def test_bad_input_is_named(error: type[Exception], message: str, arguments: Any
         (ValueError, "weight_decay: expected a finite number of at least 0", {"lr": 0.1, "weight_decay": -1.0}),
         (TypeError, "nesterov: expected a bool, got int", {"lr": 0.1, "nesterov": 1}),
         (ValueError, "nesterov: expected momentum > 0", {"lr": 0.1, "nesterov": True}),
+        (TypeError, "learn: expected the name of a rate or a mapping", {"lr": 0.1, "learn": 3}),
+        (ValueError, "learn: expected names among lr, weight_decay, got 'eps'", {"lr": 0.1, "learn": "eps"}),
+        (ValueError, "learn.'lr'.: expected one of number, .*, got 'layer'", {"lr": 0.1, "learn": {"lr": "layer"}}),
+        (ValueError, "lr: expected more than 0", {"lr": 0, "learn": "lr", "learn_log": True}),
+        (ValueError, "learn_log: expected False", {"lr": 0.1, "learn_log": True}),
+        (TypeError, "learn_log: expected a bool, got int", {"lr": 0.1, "learn": "lr", "learn_log": 1}),
+        (ValueError, "clip_norm: expected a finite number above 0, got 0", {"lr": 0.1, "clip_norm": 0}),
+        (TypeError, "clip_value: expected a number, got str", {"lr": 0.1, "clip_value": "1"}),
         (ValueError, "nesterov: .* dampening == 0", {"lr": 0.1, "momentum": 0.9, "nesterov": True, "dampening": 0.1}),
     ],
 )
 def test_bad_rules_are_named(error: type[Exception], message: str, arguments: dict[str, Any]) -> None:
     with pytest.raises(error, match=message):
         SGD(**arguments)
+
+
+def test_learned_rates_are_described_uniformly() -> None:
+    assert SGD(0.1).learn == ()
+    assert SGD(0.1, learn="lr").learn == (("lr", "number"),)
+    rule = SGD(0.1, weight_decay=0.1, learn={"weight_decay": "tensor_step", "lr": "parameter"}, learn_log=True)
+    assert rule.learn == (("lr", "parameter"), ("weight_decay", "tensor_step"))
+    assert rule.learned == {"lr": "parameter", "weight_decay": "tensor_step"}
+    assert hash(rule) == hash(dataclasses.replace(rule)) == hash(dataclasses.replace(rule, learn=rule.learned))
+
+
+def test_rules_print_what_was_given() -> None:
+    assert str(SGD(0.1, momentum=0.9, clip_norm=1.0)) == "SGD(clip_norm=1.0, lr=0.1, momentum=0.9)"
 
 
 def test_rules_are_frozen() -> None:

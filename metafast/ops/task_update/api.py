@@ -57,8 +57,8 @@ def task_update(
     resolved = resolve_backend("task_update", backend, reasons)
     update = autograd.update if resolved == "fused" else reference.update
     new_params, *states = update(rule, groups)
-    named = zip(rule.state_names, states, strict=True) if rule.keeps_state else ()
-    return _contained(new_params, params), {name: _contained(tensors, params) for name, tensors in named}
+    named = {name: _contained(tensors, params) for name, tensors in zip(rule.state_names, states, strict=True)}
+    return _contained(new_params, params), named
 
 
 def _contained(tensors: list[Tensor], like: Any) -> Any:

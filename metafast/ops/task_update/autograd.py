@@ -47,17 +47,16 @@ class _Layout:
         return _split(flat, self.sizes)
 
     def split_results(self, flat: Sequence[Tensor]) -> tuple[list[Tensor], ...]:
-        states = len(self.shared) if self.rule.keeps_state else 0
-        return _split(flat, [len(self.shared), *(states for _ in self.rule.state_names)])
+        return _split(flat, [len(self.shared)] * (1 + len(self.rule.state_names)))
 
     @property
     def results(self) -> int:
         """How many tensors the update returns."""
-        return len(self.shared) * (1 + len(self.rule.state_names) * self.rule.keeps_state)
+        return len(self.shared) * (1 + len(self.rule.state_names))
 
     @property
     def first(self) -> bool:
-        return self.sizes[2] == 0
+        return self.rule.keeps_state and self.sizes[2] == 0
 
     @property
     def linear(self) -> bool:

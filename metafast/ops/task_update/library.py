@@ -7,11 +7,12 @@ The schemas are defined here and not in the extension so that they exist without
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from metafast.inner import Rule
+from metafast.inner import SGD, Rule
 
 __all__ = ["update", "vjp"]
 
@@ -32,8 +33,8 @@ _library.define(
 
 def update(rule: Rule, groups: Sequence[Group]) -> tuple[list[Tensor], ...]:
     """The next parameters and state by the kernels; takes and returns what ``reference.update`` does."""
-    new_params, new_buffers = torch.ops.metafast.sgd_update(*groups, *_numbers(rule))
-    return new_params, new_buffers
+    results = torch.ops.metafast.sgd_update(*_padded(groups, 5), *_numbers(rule))
+    return tuple(results[: 1 + len(rule.state_names)])
 
 
 def vjp(
@@ -60,13 +61,21 @@ def vjp(
     # Without weight decay a parameter of a task passes its cotangent on as it is.
     same = needed[0] and rule.weight_decay == 0 and not groups[-1] and not any(shared)
     wanted = [needed[0] and not same, *needed[1:]]
-    products: tuple[list[Tensor], ...] = ([],) * len(wanted)
-    if any(wanted):
-        products = torch.ops.metafast.sgd_update_vjp(*cotangents, *groups, *_numbers(rule), first, list(shared), wanted)
-    return (list(cotangents[0]), *products[1:]) if same else products
+    if not any(wanted):
+        return (list(cotangents[0]) if same else [], *([] for _ in groups[1:]))
+    full = _padded(cotangents, 2), _padded(groups, 5), _padded(wanted, 5, False)
+    products = torch.ops.metafast.sgd_update_vjp(*full[0], *full[1], *_numbers(rule), first, list(shared), full[2])
+    if len(groups) < 5:
+        products = (*products[:2], *products[3:])
+    return (list(cotangents[0]), *products[1:]) if same else tuple(products)
 
 
-def _numbers(rule: Rule) -> tuple[float, float, float, bool, float, bool]:
+def _padded(groups: Sequence[Any], count: int, nothing: Any = ()) -> list[Any]:
+    """Groups as the op takes them: without momentum there are none of buffers."""
+    return [*groups[:2], *[nothing] * (count - len(groups)), *groups[2:]] if count > 2 else [*groups, nothing][:2]
+
+
+def _numbers(rule: SGD) -> tuple[float, float, float, bool, float, bool]:
     return rule.lr, rule.momentum, rule.dampening, rule.nesterov, rule.weight_decay, rule.maximize
 
 

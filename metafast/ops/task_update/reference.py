@@ -10,24 +10,26 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from metafast.inner import Rule
+from metafast.inner import SGD
 
 __all__ = ["update"]
 
 Group = Sequence[Tensor]
 
 
-def update(rule: Rule, groups: Sequence[Group]) -> tuple[list[Tensor], ...]:
+def update(rule: SGD, groups: Sequence[Group]) -> tuple[list[Tensor], ...]:
     """The next parameters and state, as groups of one tensor a parameter.
 
     Args:
         rule: the update rule.
-        groups: for :class:`metafast.inner.SGD` the parameters ``[T, *shape]`` or ``[*shape]``, the gradients
-            ``[T, *shape]``, the momentum buffers ``[T, *shape]`` (no tensors at the first step or without momentum),
-            the learning rates and the weight decays (no tensors: the rule's number; one; or one a parameter tensor).
+        groups: the parameters ``[T, *shape]`` or ``[*shape]``, the gradients ``[T, *shape]``, each state of the rule
+            ``[T, *shape]`` (no tensors at the first step), the learning rates and the weight decays (no tensors: the
+            rule's number; one; or one a parameter tensor).
     """
-    params, grads, buffers, lrs, decays = groups
-    new_params, new_buffers = [], []
+    params, grads, *states, lrs, decays = groups
+    buffers = states[0] if states else []
+    new_params: list[Tensor] = []
+    new_buffers: list[Tensor] = []
     for i, (original, grad) in enumerate(zip(params, grads, strict=True)):
         param, gradient = _master(original), _master(grad)
         if rule.maximize:
@@ -43,7 +45,7 @@ def update(rule: Rule, groups: Sequence[Group]) -> tuple[list[Tensor], ...]:
             # `to` of a buffer that is the gradient itself would hand out an input as a second output.
             new_buffers.append(buffer.to(original.dtype) if buffer is not grad else buffer.clone())
         new_params.append((param - _rate(lrs, i, rule.lr, param) * direction).to(original.dtype))
-    return new_params, new_buffers
+    return (new_params, new_buffers) if states else (new_params,)
 
 
 def _master(tensor: Tensor) -> Tensor:

@@ -111,11 +111,11 @@ def _checked_state(
 ) -> list[list[Tensor]]:
     if state is not None and not isinstance(state, Mapping):
         raise TypeError(f"state: expected None or what the previous step returned, got {_type(state)}")
-    names = rule.state_names if rule.keeps_state else ()
+    names = rule.state_names
     if not state:
         if names and step > 0:
             raise ValueError(f"state: expected what step {step - 1} returned, with {', '.join(names)}, got {state}")
-        return [[] for _ in rule.state_names]
+        return [[] for _ in names]
     if set(state) != set(names):
         expected = f"the keys {', '.join(names)}" if names else f"nothing for {rule}"
         raise ValueError(f"state: expected {expected}, got {', '.join(map(str, state))}")
