@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,19 +37,27 @@ def graphs_fit(step: Callable[[], object], steps: int, device: torch.device) -> 
     return fit
 
 
+class _Saved:
+    """A tensor that autograd keeps, for as long as it keeps it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
 def graph_bytes(step: Callable[[], object]) -> int:
-    """The bytes of the tensors that autograd keeps for a computation, each storage once."""
-    sizes: dict[int, int] = {}
+    """The bytes of the tensors that the graph of ``step()`` keeps, each storage once."""
+    saved: weakref.WeakSet[_Saved] = weakref.WeakSet()
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    def pack(tensor: Tensor) -> _Saved:
+        kept = _Saved(tensor)
+        saved.add(kept)
+        return kept
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        graph = step()  # held, so that no address is used twice
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
+        graph = step()
+    storages = [kept.tensor.untyped_storage() for kept in saved]
     del graph
-    return sum(sizes.values())
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def free_bytes(device: torch.device) -> int | None:

@@ -20,7 +20,8 @@ from metafast.accelerate import Names, accelerated_thread
 from metafast.backend import requested_backend, use_backend
 from metafast.meta.surroundings import Buffers
 
-# Every non-reentrant checkpoint passes here, whatever name the model calls `checkpoint` by.
+# Every non-reentrant checkpoint passes here, whatever name the model calls `checkpoint` by, with the function that
+# recomputes; the forward itself calls the model's.
 _NAME = "_checkpoint_without_reentrant_generator"
 _original = getattr(torch.utils.checkpoint, _NAME)
 _lock = threading.Lock()
@@ -46,20 +47,12 @@ def recomputed_with(module: nn.Module, params: dict[str, Tensor], names: Names) 
     backend = requested_backend()
 
     def recomputable(function: Callable[..., Any]) -> Callable[..., Any]:
-        buffers = Buffers(module)
-        calls = 0
-
         def run(*args: Any, **kwargs: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls == 1:
-                outputs = function(*args, **kwargs)
-                buffers.keep_changed()
-                return outputs
             with (
                 accelerated_thread(names),
                 use_backend(backend),
-                buffers.scratch(),
+                # Buffers were updated in the forward.
+                Buffers(module).scratch(),
                 _reparametrize_module(module, params, tie_weights=True),
             ):
                 return function(*args, **kwargs)

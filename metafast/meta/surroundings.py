@@ -60,9 +60,14 @@ class Buffers:
         ]
 
     def keep_changed(self) -> None:
-        """Forgets the buffers that are still as they were."""
+        """Forgets the buffers that are certainly still as they were: large ones are masks, as a rule."""
         self._kept = [
-            kept for kept in self._kept if kept[0]._buffers[kept[1]] is not kept[2] or kept[2]._version != kept[3]
+            (module, name, buffer, version, value)
+            for module, name, buffer, version, value in self._kept
+            if module._buffers[name] is not buffer
+            or buffer._version != version
+            # Batch norm's kernels write running statistics without a new version.
+            or buffer.is_floating_point()
         ]
 
     def restore(self) -> None:
