@@ -149,9 +149,7 @@ class MetaLearner(nn.Module):
         self.on_nonfinite = on_nonfinite
         self._adapted_names, self._shared_names = split_parameters(model, adapt_parameters)
         self.rates = LearnedRates(inner, self._rated_params(), steps)
-        # Not submodules of this one: they hold the model again, under other names.
-        self._losses = TaskLosses(model, loss_fn, task_batching)
-        self._outputs = TaskFunction(model, task_batching)
+        self._use_model(model, task_batching)
         self._fits: dict[Any, bool] = {}
         self.outcome: Outcome | None = None
 
@@ -210,6 +208,12 @@ class MetaLearner(nn.Module):
     @abstractmethod
     def _run(self, support: Any, query: Any, tasks: int) -> Run:
         """The losses of ``tasks`` tasks, whose gradients are the algorithm's."""
+
+    def _use_model(self, model: nn.Module, task_batching: str) -> None:
+        """What tasks compute with; some algorithms put the model into another one."""
+        # Not submodules of this one: they hold the model again, under other names.
+        self._losses = TaskLosses(model, self.loss_fn, task_batching)
+        self._outputs = TaskFunction(model, task_batching)
 
     def _learners(self, params: Params, shared: Params) -> Learners:
         return Learners(self._outputs, params, shared)

@@ -17,14 +17,14 @@ def with_gradients(values: Tensor, gradients: list[Tensor], params: list[Tensor]
         gradients: for each of ``params`` the derivatives of all values, ``[*values.shape, *param.shape]``.
         params: what gets the gradients.
     """
-    return _WithGradients.apply(values, gradients, *params)
+    return _WithGradients.apply(values.detach(), gradients, *params)
 
 
 class _WithGradients(Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, gradients: list[Tensor], *params: Tensor) -> Tensor:
         ctx.gradients = gradients
-        return values.detach().clone()
+        return values.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
