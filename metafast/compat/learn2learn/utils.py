@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from metafast.compat.rnn import refresh_flat_weights
+
 Module = TypeVar("Module", bound=nn.Module)
 Memo = dict[Any, Tensor]
 
@@ -50,12 +52,12 @@ def detach_module(module: nn.Module, keep_requires_grad: bool = False) -> None:
     """
     if not isinstance(module, nn.Module):
         return
-    for tensor in module._parameters.values():
-        if tensor is not None:
-            _detach(tensor, keep_requires_grad)
-    for tensor in module._buffers.values():
-        if tensor is not None and tensor.requires_grad:
-            _detach(tensor, keep_requires_grad)
+    for param in module._parameters.values():
+        if param is not None:
+            _detach(param, keep_requires_grad)
+    for buffer in module._buffers.values():
+        if buffer is not None and buffer.requires_grad:
+            _detach(buffer, keep_requires_grad)
     for child in module._modules.values():
         if child is not None:
             detach_module(child, keep_requires_grad)
@@ -101,13 +103,6 @@ def check_lengths(function: str, what: str, params: int, found: int) -> None:
     """Warns where there are not as many gradients or updates as parameters; the rest is left as it is."""
     if params != found:
         warnings.warn(f"{function}(): expected {params} {what}, one a parameter, got {found}", stacklevel=3)
-
-
-def refresh_flat_weights(module: nn.Module) -> None:
-    """RNNs keep their parameters in a list as well."""
-    names = getattr(module, "_flat_weights_names", None)
-    if names is not None:
-        module._flat_weights = [module._parameters.get(name) for name in names]  # type: ignore[assignment]
 
 
 def _cloned(tensor: Tensor, memo: Memo) -> Any:
