@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
-__all__ = ["GRANULARITIES", "SGD", "Rule"]
+__all__ = ["GRANULARITIES", "SGD", "Adam", "AdamW", "RMSprop", "Rule"]
 
 GRANULARITIES: dict[str, str] = {
     "number": "one number",
@@ -156,13 +156,150 @@ class SGD(Rule):
         return ("momentum_buffer",) if self.momentum != 0 else ()
 
 
-def _check_number(name: str, number: float, minimum: float = -math.inf, above: float = -math.inf) -> None:
+@dataclass(frozen=True)
+class Adam(Rule):
+    """Adam with the semantics of :class:`torch.optim.Adam`, for the parameters of T tasks.
+
+    At every step t = 1, 2, ..., with g negated first where ``maximize`` is set::
+
+        g ← g + weight_decay · θ
+        m ← β₁ · m + (1 − β₁) · g
+        v ← β₂ · v + (1 − β₂) · g²
+        θ ← θ − lr · m / (1 − β₁ᵗ) / (√(v / (1 − β₂ᵗ) + eps_root) + eps)
+
+    Where √ is 0 (rows of an embedding that no example used so far) its derivative is taken as 0, the limit.
+
+    Args:
+        lr: learning rate, at least 0.
+        betas: β₁ and β₂, each at least 0 and less than 1.
+        eps: at least 0.
+        eps_root: at least 0; above 0 the update is smooth where gradients are 0 (as in optax; torch has none).
+        weight_decay: factor of the L2 penalty, at least 0.
+        amsgrad: divide by the greatest v so far (Reddi et al., "On the convergence of Adam and beyond", ICLR 2018).
+        maximize: ascend instead.
+        learn, learn_log, clip_norm, clip_value: see :class:`Rule`; rates are ``lr`` and ``weight_decay``.
+
+    Raises:
+        TypeError: an argument is not of the type above. A tensor belongs in ``task_update``'s ``rates``.
+        ValueError: an argument is outside of the range above.
+    """
+
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    eps_root: float = 0.0
+    weight_decay: float = 0.0
+    amsgrad: bool = False
+    maximize: bool = False
+
+    rate_names: ClassVar[tuple[str, ...]] = ("lr", "weight_decay")
+    decoupled: ClassVar[bool] = False
+    """Whether weight decay shrinks the parameter by itself and is no part of the gradient."""
+
+    def __post_init__(self) -> None:
+        _check_number("lr", self.lr, minimum=0.0)
+        if not isinstance(self.betas, (tuple, list)) or len(self.betas) != 2:
+            raise TypeError(f"betas: expected two numbers, got {self.betas!r}")
+        object.__setattr__(self, "betas", tuple(self.betas))
+        for i, beta in enumerate(self.betas):
+            _check_number(f"betas[{i}]", beta, minimum=0.0, below=1.0)
+        _check_number("eps", self.eps, minimum=0.0)
+        _check_number("eps_root", self.eps_root, minimum=0.0)
+        _check_number("weight_decay", self.weight_decay, minimum=0.0)
+        _check_flag("amsgrad", self.amsgrad)
+        _check_flag("maximize", self.maximize)
+        super().__post_init__()
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """The averages of the gradient and of its square, and with amsgrad the greatest of the latter."""
+        return ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if self.amsgrad else ()))
+
+
+@dataclass(frozen=True)
+class AdamW(Adam):
+    """Adam with decoupled weight decay, the semantics of :class:`torch.optim.AdamW`.
+
+    As :class:`Adam`, but the gradient is left alone and θ ← (1 − lr · weight_decay) · θ before the step (Loshchilov and
+    Hutter, "Decoupled weight decay regularization", ICLR 2019). ``weight_decay`` is 0.01 by default, as in torch.
+    """
+
+    weight_decay: float = 0.01
+
+    decoupled: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class RMSprop(Rule):
+    """RMSprop with the semantics of :class:`torch.optim.RMSprop`, for the parameters of T tasks.
+
+    At every step, with g negated first where ``maximize`` is set::
+
+        g ← g + weight_decay · θ
+        v ← alpha · v + (1 − alpha) · g²
+        a ← alpha · a + (1 − alpha) · g       (where centered; else a = 0)
+        b ← momentum · b + g / (√(v − a²) + eps)
+        θ ← θ − lr · b
+
+    Where √ is 0 (rows of an embedding that no example used so far) its derivative is taken as 0, the limit; where
+    v − a² is less than 0, by rounding, it is taken as 0.
+
+    Args:
+        lr: learning rate, at least 0.
+        alpha: smoothing constant, at least 0 and at most 1.
+        eps: at least 0.
+        weight_decay: factor of the L2 penalty, at least 0.
+        momentum: at least 0; with 0 the rule keeps no buffer of it.
+        centered: divide by an estimate of the gradient's standard deviation.
+        maximize: ascend instead.
+        learn, learn_log, clip_norm, clip_value: see :class:`Rule`; rates are ``lr`` and ``weight_decay``.
+
+    Raises:
+        TypeError: an argument is not of the type above. A tensor belongs in ``task_update``'s ``rates``.
+        ValueError: an argument is outside of the range above.
+    """
+
+    lr: float
+    alpha: float = 0.99
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    momentum: float = 0.0
+    centered: bool = False
+    maximize: bool = False
+
+    rate_names: ClassVar[tuple[str, ...]] = ("lr", "weight_decay")
+
+    def __post_init__(self) -> None:
+        _check_number("lr", self.lr, minimum=0.0)
+        _check_number("alpha", self.alpha, minimum=0.0)
+        if self.alpha > 1:
+            raise ValueError(f"alpha: expected a finite number of at most 1, got {self.alpha}")
+        _check_number("eps", self.eps, minimum=0.0)
+        _check_number("weight_decay", self.weight_decay, minimum=0.0)
+        _check_number("momentum", self.momentum, minimum=0.0)
+        _check_flag("centered", self.centered)
+        _check_flag("maximize", self.maximize)
+        super().__post_init__()
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """The average of the squared gradient, the buffer of a momentum, and where centered that of the gradient."""
+        buffer = ("momentum_buffer",) if self.momentum != 0 else ()
+        return ("square_avg", *buffer, *(("grad_avg",) if self.centered else ()))
+
+
+def _check_number(
+    name: str, number: float, minimum: float = -math.inf, above: float = -math.inf, below: float = math.inf
+) -> None:
     if isinstance(number, bool) or not isinstance(number, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(number).__name__}")
-    if not math.isfinite(number) or number < minimum or number <= above:
-        bound = "" if minimum == -math.inf else f" of at least {minimum:g}"
-        bound = bound if above == -math.inf else f" above {above:g}"
-        raise ValueError(f"{name}: expected a finite number{bound}, got {number}")
+    if not math.isfinite(number) or number < minimum or number <= above or number >= below:
+        bounds = [
+            *([f"of at least {minimum:g}"] if minimum != -math.inf else []),
+            *([f"above {above:g}"] if above != -math.inf else []),
+            *([f"below {below:g}"] if below != math.inf else []),
+        ]
+        raise ValueError(f"{name}: expected a finite number {' and '.join(bounds)}".rstrip() + f", got {number}")
 
 
 def _check_flag(name: str, flag: bool) -> None:

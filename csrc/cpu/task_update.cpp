@@ -2,14 +2,14 @@
 // shared out among the threads, and a chunk goes through the rule in strips that stay in the first-level cache. The cut
 // depends on shapes alone, and sums are added in its order: results do not depend on the number of threads.
 
-#include "task_update.h"
+#include "task_update_ops.h"
 
 #include "cpu/capability.h"
 
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
-// Outputs do not overlap inputs. (`omp simd` says so too, but makes an array of all that the loop's body refers to.)
+// An output overlaps no input, or lies exactly on it. (`omp simd` says so too, but makes an array of all that the loop's body refers to.)
 #if defined(__clang__)
 #define METAFAST_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
 #elif defined(__GNUC__)
@@ -211,8 +211,7 @@ struct Cpu {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(metafast, CPU, m) {
-  m.impl("sgd_update", TORCH_BOX(&sgd_update<Cpu>));
-  m.impl("sgd_update_vjp", TORCH_BOX(&sgd_update_vjp<Cpu>));
+  register_kernels<Cpu>(m);
 }
 
 }  // namespace metafast::task_update

@@ -3,7 +3,7 @@
 // one item through all its tasks: what the tasks share is read once, and what is summed over tasks is summed in order.
 // Totals are summed in a second launch, in the order of the blocks. Nothing is atomic: every run gives the same result.
 
-#include "task_update.h"
+#include "task_update_ops.h"
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/headeronly/util/BFloat16.h>
@@ -319,8 +319,7 @@ struct Cuda {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(metafast, CUDA, m) {
-  m.impl("sgd_update", TORCH_BOX(&sgd_update<Cuda>));
-  m.impl("sgd_update_vjp", TORCH_BOX(&sgd_update_vjp<Cuda>));
+  register_kernels<Cuda>(m);
 }
 
 }  // namespace metafast::task_update

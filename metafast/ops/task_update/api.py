@@ -10,6 +10,7 @@ from torch import Tensor
 from metafast.backend import resolve_backend
 from metafast.inner import Rule
 from metafast.ops.task_update import autograd, reference
+from metafast.ops.task_update.clipping import clipped
 from metafast.ops.task_update.validation import Tensors, checked_groups, reasons_against_fused
 
 __all__ = ["task_update"]
@@ -53,10 +54,12 @@ def task_update(
         BackendUnavailableError: ``backend="fused"`` without a kernel for the device.
     """
     groups = checked_groups(rule, params, grads, state, rates, step)
+    if rule.clip_norm is not None or rule.clip_value is not None:
+        groups = (groups[0], clipped(groups[1], rule.clip_norm, rule.clip_value), *groups[2:])
     reasons = reasons_against_fused(groups[0][0].device)
     resolved = resolve_backend("task_update", backend, reasons)
     update = autograd.update if resolved == "fused" else reference.update
-    new_params, *states = update(rule, groups)
+    new_params, *states = update(rule, groups, step)
     named = {name: _contained(tensors, params) for name, tensors in zip(rule.state_names, states, strict=True)}
     return _contained(new_params, params), named
 

@@ -23,11 +23,12 @@ Group = Sequence[Tensor]
 Tensors = tuple[Tensor, ...]
 
 
-def update(rule: Rule, groups: Sequence[Group]) -> tuple[list[Tensor], ...]:
+def update(rule: Rule, groups: Sequence[Group], step: int) -> tuple[list[Tensor], ...]:
     """``library.update``, differentiable."""
     params, grads = groups[0], groups[1]
     layout = _Layout(
         rule=rule,
+        step=step,
         sizes=tuple(len(group) for group in groups),
         shared=tuple(param.dim() < grad.dim() for param, grad in zip(params, grads, strict=True)),
     )
@@ -40,6 +41,7 @@ class _Layout:
     """How the tensors of a call lie in the flat argument lists that autograd wants."""
 
     rule: Rule
+    step: int
     sizes: tuple[int, ...]  # of the groups: parameters, gradients, state by state, rate by rate
     shared: tuple[bool, ...]
 
@@ -60,11 +62,11 @@ class _Layout:
 
     @property
     def linear(self) -> bool:
-        """Whether the update is linear in the tensors: every rate is a number."""
-        return not any(self.sizes[-len(self.rule.rate_names) :])
+        """Whether the update is linear in all its tensors: every rate is a number."""
+        return library.is_linear(self.rule) and not any(self.sizes[-len(self.rule.rate_names) :])
 
     def reference(self, *flat: Tensor) -> Tensors:
-        return _join(reference.update(self.rule, self.split(flat)))
+        return _join(reference.update(self.rule, self.split(flat), self.step))
 
     def reference_vjp(self, *flat: Tensor) -> Tensors:
         """Of the flat arguments of ``_Vjp``: cotangents, then the tensors of the update."""
@@ -75,7 +77,7 @@ class _Layout:
 class _Update(torch.autograd.Function):
     @staticmethod
     def forward(layout: _Layout, *flat: Tensor) -> Tensors:
-        return _join(library.update(layout.rule, layout.split(flat)))
+        return _join(library.update(layout.rule, layout.split(flat), layout.step))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
@@ -116,7 +118,12 @@ class _Vjp(torch.autograd.Function):
     @staticmethod
     def forward(layout: _Layout, *flat: Tensor) -> Tensors:
         count = layout.results
-        return _join(_native_vjp(layout, flat[:count], flat[count:], [size > 0 for size in layout.sizes]))
+        products = _native_vjp(layout, flat[:count], flat[count:], [size > 0 for size in layout.sizes])
+        if not layout.linear:
+            # An input that is saved cannot be an output too, but a view of it can.
+            to_params = zip(products[0], flat, strict=False)
+            products = ([p.view_as(p) if p is cotangent else p for p, cotangent in to_params], *products[1:])
+        return _join(products)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
@@ -146,7 +153,8 @@ class _Vjp(torch.autograd.Function):
 
 def _native_vjp(layout: _Layout, cotangents: Tensors, saved: Tensors, needed: list[bool]) -> tuple[list[Tensor], ...]:
     groups = layout.split(saved) if saved else ([],) * len(layout.sizes)
-    return library.vjp(layout.rule, layout.split_results(cotangents), groups, layout.first, layout.shared, needed)
+    results = layout.split_results(cotangents)
+    return library.vjp(layout.rule, results, groups, layout.step, layout.first, layout.shared, needed)
 
 
 def _vjp(function: Callable[..., Tensors], primals: Tensors, cotangents: Tensors) -> Tensors:

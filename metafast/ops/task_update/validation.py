@@ -10,6 +10,7 @@ from torch import Tensor
 
 from metafast import backend
 from metafast.inner import Rule
+from metafast.ops.task_update import library
 
 __all__ = ["Tensors", "checked_groups", "reasons_against_fused"]
 
@@ -31,7 +32,7 @@ def checked_groups(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
-    if not isinstance(rule, Rule):
+    if not library.supports(rule):
         raise TypeError(f"rule: expected a rule of metafast.inner, got {_type(rule)}")
     if isinstance(step, bool) or not isinstance(step, int):
         raise TypeError(f"step: expected an int, got {_type(step)}")
