@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -17,13 +18,13 @@ GradCallback = Callable[[list[Any]], list[Any]]
 Group = dict[str, Any]
 
 
-def _sgd(numbers: Group) -> inner.Rule:
-    names = ("lr", "momentum", "dampening", "nesterov", "weight_decay", "maximize")
-    return inner.SGD(**{name: numbers[name] for name in names if name in numbers})
-
-
 # By class; those that inherit from another one come before it.
-SERVED: dict[type[torch.optim.Optimizer], Callable[[Group], inner.Rule]] = {torch.optim.SGD: _sgd}
+SERVED: dict[type[torch.optim.Optimizer], type[inner.Rule]] = {
+    torch.optim.SGD: inner.SGD,
+    torch.optim.AdamW: inner.AdamW,
+    torch.optim.Adam: inner.Adam,
+    torch.optim.RMSprop: inner.RMSprop,
+}
 
 
 class DifferentiableOptimizer:
@@ -53,7 +54,7 @@ class DifferentiableOptimizer:
         grad_callback: GradCallback | None = None,
         track_higher_grads: bool = True,
     ) -> None:
-        self._rule = _rule_of(other)
+        self._kind = _kind_of(other)
         self.param_groups: list[Group] = [
             {name: value for name, value in group.items() if name != "params"} for group in other.param_groups
         ]
@@ -127,7 +128,7 @@ class DifferentiableOptimizer:
         updated: list[Tensor],
     ) -> None:
         rates = _rates(group)
-        rule = self._rule({name: 0.0 if name in rates else _number(value) for name, value in group.items()})
+        rule = _rule(self._kind, {**group, **dict.fromkeys(rates, 0.0)})
         unserved = set(rates) - set(rule.rate_names)
         if unserved:
             raise TypeError(
@@ -166,12 +167,20 @@ class DifferentiableOptimizer:
                 group[name] = values[0] if len(values) == 1 else values[i]
 
 
-def _rule_of(opt: torch.optim.Optimizer) -> Callable[[Group], inner.Rule]:
+def _kind_of(opt: torch.optim.Optimizer) -> type[inner.Rule]:
     for kind, rule in SERVED.items():
         if isinstance(opt, kind):
             return rule
     names = ", ".join(f"torch.optim.{kind.__name__}" for kind in SERVED)
     raise TypeError(f"opt: expected one of {names}, got {type(opt).__name__}")
+
+
+def _rule(kind: type[inner.Rule], settings: Group) -> inner.Rule:
+    """The rule of a group's settings; those that say how torch computes have no part in it."""
+    if kind is inner.Adam and settings.get("decoupled_weight_decay"):
+        kind = inner.AdamW
+    names = {field.name for field in fields(kind)} & settings.keys()
+    return kind(**{name: _number(settings[name]) for name in names})
 
 
 def _rates(group: Group) -> dict[str, Tensor]:
@@ -181,7 +190,9 @@ def _rates(group: Group) -> dict[str, Tensor]:
 
 
 def _number(value: Any) -> Any:
-    return value.item() if isinstance(value, Tensor) else value
+    if isinstance(value, tuple | list):
+        return tuple(_number(part) for part in value)
+    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
 
 
 def _steps_done(rule: inner.Rule, state: dict[str, Any]) -> int:
