@@ -25,6 +25,8 @@ Tensors = tuple[Tensor, ...]
 
 def update(rule: Rule, groups: Sequence[Group], step: int) -> tuple[list[Tensor], ...]:
     """``library.update``, differentiable."""
+    if not _is_followed(groups):
+        return library.update(rule, groups, step)
     params, grads = groups[0], groups[1]
     layout = _Layout(
         rule=rule,
@@ -34,6 +36,15 @@ def update(rule: Rule, groups: Sequence[Group], step: int) -> tuple[list[Tensor]
     )
     flat = _Update.apply(layout, *(tensor for group in groups for tensor in group))
     return layout.split_results(flat)
+
+
+def _is_followed(groups: Sequence[Group]) -> bool:
+    """Whether autograd or a transform of torch.func looks on; without them a Function is only overhead."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return True
+    if torch.autograd.forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(tensor.requires_grad for group in groups for tensor in group)
 
 
 @dataclass(frozen=True)
