@@ -2,13 +2,13 @@
 
     python examples/sinusoid.py
 
-Curves y = A sin(ω x + b) with A from [0.1, 5], ω from [0.8, 1.2], b from [0, π] and x from [−5, 5], all uniform; an MLP 1-40-40-1
-with ReLU; one inner step, of rate 0.01 for MAML and of learned rates that start uniform in [0.005, 0.1] for Meta-SGD; 60 000
-iterations of 4 tasks with Adam. Then 100 new curves: one step on k examples, mean squared error on as many others. The table
-has the paper's mean ± 95 % interval beside ours.
+Curves y = A sin(ω x + b) with A from [0.1, 5], ω from [0.8, 1.2], b from [0, π] and x from [−5, 5], all uniform; an MLP
+1-40-40-1 with ReLU; one inner step, of rate 0.01 for MAML and of learned rates that start uniform in [0.005, 0.1] for
+Meta-SGD; 60 000 iterations with Adam. Then 100 new curves: one step on k examples, mean squared error on as many others. The
+table has the paper's mean ± 95 % interval beside ours.
 
-All tasks of an iteration run side by side, and so do the 100 test curves. On two CPU cores an iteration takes about two
-milliseconds, and the whole table a few minutes; ``--iterations`` makes it shorter.
+All tasks of an iteration run side by side, and so do the 100 test curves. An iteration takes 5 to 15 ms on one CPU core,
+depending on what else runs there, most of it Python: 5 to 15 minutes for each algorithm. ``--iterations`` makes it shorter.
 """
 
 from __future__ import annotations
