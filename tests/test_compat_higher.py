@@ -62,7 +62,7 @@ def higher():
         pytest.skip(f"higher does not import: {error}")
 
 
-def run(library, model, opt, data, copy_initial_weights=False, override=None, steps=STEPS, **step_options):
+def run(library, model, opt, data, copy_initial_weights=False, override=None, each_step=None, **step_options):
     """A script as its users write them."""
     x, y, query_x, query_y = data
     opt.zero_grad()
@@ -70,8 +70,8 @@ def run(library, model, opt, data, copy_initial_weights=False, override=None, st
         fmodel,
         diffopt,
     ):
-        for _ in range(steps):
-            diffopt.step(F.mse_loss(fmodel(x), y), **step_options)
+        for step in range(STEPS):
+            diffopt.step(F.mse_loss(fmodel(x), y), **(each_step(step) if each_step else step_options))
         loss = F.mse_loss(fmodel(query_x), query_y)
         loss.backward()
         start = [p.grad for p in fmodel.parameters(time=0)] if copy_initial_weights else []
@@ -184,22 +184,28 @@ def test_adaptive_optimizers_are_their_formulas(generator, data, kind, settings)
 @pytest.mark.parametrize("amsgrad", [False, True])
 @pytest.mark.parametrize("started", [False, True])
 def test_adam_is_highers(generator, data, higher, started, amsgrad):
-    """From a state that torch's optimizer has come to, or from none; higher adds eps before it corrects the bias."""
+    """From a state that torch's optimizer has come to, or from none."""
     model = Recurrent().double()
-    results = []
+    results, before = [], 2 if started else 0
+
+    def torchs(step):
+        # higher adds eps before it corrects the bias of v, torch after that. With a tiny eps it would not matter, but
+        # then derivatives at the first step, of g / |g|, are nothing but rounding.
+        return {"override": {"eps": [1e-3 / (1 - 0.999 ** (before + step + 1)) ** 0.5]}}
+
     for library in (higher, ours):
         twin = copy.deepcopy(model)
-        opt = torch.optim.Adam(twin.parameters(), lr=0.01, eps=1e-12, weight_decay=0.1, amsgrad=amsgrad)
-        for _ in range(2 if started else 0):
+        opt = torch.optim.Adam(twin.parameters(), lr=0.01, eps=1e-3, weight_decay=0.1, amsgrad=amsgrad)
+        for _ in range(before):
             opt.zero_grad()
             F.mse_loss(twin(data[0]), data[1]).backward()
             opt.step()
         for state in opt.state.values():
             state["step"] = state["step"].double()  # higher computes the corrections in its precision
-        results.append(run(library, twin, opt, data))
+        results.append(run(library, twin, opt, data, each_step=torchs if library is ours else None))
     (expected_loss, expected, _, _), (loss, grads, _, _) = results
-    assert abs(loss - expected_loss) < 1e-9
-    assert distance(grads, expected) < 1e-7
+    assert abs(loss - expected_loss) < 1e-12
+    assert distance(grads, expected) < 1e-9
 
 
 @pytest.mark.parametrize(("kind", "settings"), ADAPTIVE)
