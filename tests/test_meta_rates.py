@@ -173,6 +173,23 @@ def test_rates_start_at_the_rule_and_stay_in_float32_beside_half_precision():
     torch.testing.assert_close(meta.rates(0)["lr"]["head.bias"], torch.tensor(0.25))
 
 
+def test_rates_of_a_model_in_half_precision_get_gradients(net, batches):
+    exact = metafast.MAML(net, loss_fn, inner=SGD(lr=0.1, learn={"lr": "tensor"}), steps=2)
+    _, expected = meta_gradients(exact, *batches)
+    half = copy.deepcopy(net).bfloat16()
+    meta = metafast.MAML(half, loss_fn, inner=SGD(lr=0.1, learn={"lr": "tensor"}), steps=2, checkpoint=True)
+    _, found = meta_gradients(meta, *({name: x.bfloat16() for name, x in batch.items()} for batch in batches))
+    assert found[-1].dtype == torch.float32
+    assert distance([g.double() for g in found], expected) < 0.05
+
+
+def test_check_covers_the_rates(net, batches):
+    meta = metafast.MetaSGD(net, loss_fn, inner=SGD(lr=0.1), steps=2)
+    report = metafast.check(meta, *batches, rounds=1)
+    assert report.max_error < 1e-12
+    assert "rates.lr.head/weight" in report.errors
+
+
 def test_reptile_refuses_learned_rates(net):
     with pytest.raises(ValueError, match=r"inner: Reptile has no gradient for rates; expected none in learn, got .*lr"):
         metafast.Reptile(net, loss_fn, inner=SGD(lr=0.1, learn="lr"))

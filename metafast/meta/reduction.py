@@ -49,7 +49,7 @@ class Ranks:
         """An error inside, before :meth:`divisor`, is raised in every rank: none waits for one that is gone."""
         try:
             yield
-        except BaseException:
+        except Exception:
             if self._together and not self._told:
                 self._tell(0.0, failed=True)
             raise

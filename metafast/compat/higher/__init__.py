@@ -35,6 +35,7 @@ def innerloop_ctx(
             diffopt.step(loss(fmodel(x), y))
             loss(fmodel(query_x), query_y).backward()  # the meta-gradient, in model's parameters
 
+    All attention that this thread computes inside the block is this library's; see :func:`metafast.accelerate`.
     :class:`metafast.MAML` runs many tasks side by side, in the memory of one step.
 
     Args:

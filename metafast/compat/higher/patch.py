@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metafast.accelerate import accelerated_thread, replaced_names
+from metafast.accelerate import Names, accelerated_thread, replaced_names
 from metafast.compat.rnn import refresh_flat_weights
 
 
@@ -19,12 +19,13 @@ class Functional(nn.Module):
     _places: list[tuple[nn.Module, str, int]]
     _history: list[list[Tensor]]
     _tracks: bool
+    _names: Names
 
     def forward(self, *args: Any, params: Iterable[Tensor] | None = None, **kwargs: Any) -> Any:
         """The model's outputs, with the latest fast parameters, or with ``params`` from now on."""
         if params is not None:
             self.update_params(params)
-        with accelerated_thread(replaced_names(self)):
+        with accelerated_thread(self._names):
             return super().forward(*args, **kwargs)  # the model's own: it is the next class
 
     def parameters(self, recurse: bool = True, time: int | None = None) -> Iterator[Any]:
@@ -98,7 +99,9 @@ def monkeypatch(
     fmodel.__class__ = type(f"Functional{kind.__name__}", (Functional, kind), {"__module__": kind.__module__})
     params = [_detached(p) if copy_initial_weights else p.clone() for p in originals]
     params = [p if device is None else _moved(p, device) for p in params]
-    fmodel.__dict__.update(_places=copy.places, _history=[params], _tracks=track_higher_grads)
+    fmodel.__dict__.update(
+        _places=copy.places, _history=[params], _tracks=track_higher_grads, _names=replaced_names(module)
+    )
     fmodel._place(params)
     return fmodel
 
