@@ -30,10 +30,12 @@ using As = typename Rule::Options::template As<C>;
 // Plans: an item for each parameter tensor, T tasks of n elements, all contiguous.
 
 enum class From : uint8_t {
-  number,     // `value`, for every element
-  scalar,     // one element in memory, of a type of its own
-  all_tasks,  // n elements that the tasks share
-  each_task,  // T x n elements
+  number,       // `value`, for every element
+  scalar,       // one element in memory, of a type of its own
+  task_scalar,  // T elements in memory, of a type of their own: one for each task
+  last_task,    // 1 for the last task, 0 for those before it
+  all_tasks,    // n elements that the tasks share
+  each_task,    // T x n elements
 };
 
 struct Input {
@@ -128,6 +130,21 @@ class Planner {
     }
   }
 
+  // A tensor [T] for all items, or none for the number.
+  void read_task_scalars(int input, const Tensors& scalars, double number) {
+    for (auto& item : plan_.items) {
+      item.in[input].value = number;
+      if (scalars.empty()) continue;
+      STD_TORCH_CHECK(scalars[0].dim() == 1 && scalars[0].size(0) == item.tasks && scalars[0].is_contiguous(),
+                      "task_update: expected one contiguous tensor with a number for each task");
+      item.in[input] = {From::task_scalar, scalars[0].scalar_type(), scalars[0].data_ptr(), 0};
+    }
+  }
+
+  void read_last_task(int input) {
+    for (auto& item : plan_.items) item.in[input].from = From::last_task;
+  }
+
   // New tensors [T, *shape]; [*shape], the sum over tasks, for the items that `shared` marks.
   Tensors write(int output, const std::vector<bool>& shared = {}) {
     Tensors made;
@@ -151,6 +168,19 @@ class Planner {
                           old[i].scalar_type() == item.type && old[i].is_contiguous(),
                       "task_update: expected contiguous tensors of the gradients' shapes and types to write over");
       plan_.items[i].out[output] = {Keep::each_task, -1, old[i].data_ptr()};
+    }
+    return {};
+  }
+
+  // Sums over tasks [*shape], over `old` where there are tensors to write over: nothing new is made then.
+  Tensors write_sums(int output, const Tensors& old, bool in_place) {
+    if (!in_place || old.empty()) return write(output, std::vector<bool>(like_.size(), true));
+    check_count(old);
+    for (size_t i = 0; i < old.size(); ++i) {
+      const auto& item = plan_.items[i];
+      STD_TORCH_CHECK(old[i].numel() == item.elements && old[i].scalar_type() == item.type && old[i].is_contiguous(),
+                      "task_update: expected contiguous tensors of one task's shapes and types to write over");
+      plan_.items[i].out[output] = {Keep::task_sum, -1, old[i].data_ptr()};
     }
     return {};
   }

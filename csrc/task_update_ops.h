@@ -230,6 +230,19 @@ SevenLists rmsprop_update_vjp(
                  lr, weight_decay, rule, shared, needed);
 }
 
+template <class Device, bool in_place>
+Tensors outer_update(const Tensors& bases, const Tensors& values, const Tensors& weights, double scale) {
+  using Rule = OuterUpdate;
+  Planner<Rule> planner(values);
+  planner.read(Rule::base, bases);
+  planner.read(Rule::value, values);
+  planner.read_task_scalars(Rule::weight, weights, 1);
+  planner.read_last_task(Rule::is_last);
+  Tensors made = planner.write_sums(Rule::updated, bases, in_place);
+  Device::run(planner.finished(), Outer{scale});
+  return made;
+}
+
 template <class Device, class Library>
 void register_kernels(Library& library) {
   library.impl("sgd_update", TORCH_BOX((&sgd_update<Device, false>)));
@@ -241,6 +254,8 @@ void register_kernels(Library& library) {
   library.impl("rmsprop_update", TORCH_BOX((&rmsprop_update<Device, false>)));
   library.impl("rmsprop_update_", TORCH_BOX((&rmsprop_update<Device, true>)));
   library.impl("rmsprop_update_vjp", TORCH_BOX(&rmsprop_update_vjp<Device>));
+  library.impl("outer_update", TORCH_BOX((&outer_update<Device, false>)));
+  library.impl("outer_update_", TORCH_BOX((&outer_update<Device, true>)));
 }
 
 }  // namespace metafast::task_update

@@ -160,3 +160,26 @@ def test_a_state_for_what_is_not_frozen_is_asked_for() -> None:
 
 def test_rules_are_compared_with_their_clipping() -> None:
     assert SGD(0.1) != dataclasses.replace(SGD(0.1), clip_norm=1.0)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_cotangents_and_tangents_that_are_missing_are_zeros(rule: Rule) -> None:
+    """Of the last step's state nothing follows; a tangent may be given for one tensor alone."""
+    params, grads = randoms(0)[:2], [g.requires_grad_() for g in randoms(1)[:2]]
+    found = []
+    for backend in BACKENDS:
+        _, state = task_update(rule, params, randoms(2)[:2], backend=backend)
+        state = {name: [t.requires_grad_() for t in group] for name, group in state.items()} or None
+        leaves = [*grads, *(t for group in (state or {}).values() for t in group)]
+        new, after = task_update(rule, params, grads, state, step=1, backend=backend)
+        products = [*torch.autograd.grad(new[0].sin().sum(), leaves, materialize_grads=True, retain_graph=True)]
+        for group in after.values():
+            products += torch.autograd.grad(group[1].sin().sum(), leaves, materialize_grads=True, retain_graph=True)
+        products += torch.autograd.grad(new[1].sin().sum(), leaves, materialize_grads=True, create_graph=True)
+
+        def one(first: Tensor, state: Any = state, backend: str = backend) -> tuple[Tensor, ...]:
+            return tuple(flat(task_update(rule, params, [first, grads[1]], state, step=1, backend=backend)))
+
+        products += torch.func.jvp(one, (grads[0].detach(),), (grads[0].detach().cos(),))[1]
+        found.append([p.detach() for p in products])
+    assert_equal(found[0], found[1])

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from metafast.inner import SGD, Adam, AdamW, RMSprop, Rule
 
-__all__ = ["is_linear", "supports", "update", "update_in_place", "vjp"]
+__all__ = ["is_linear", "outer_update", "outer_update_in_place", "supports", "update", "update_in_place", "vjp"]
 
 Group = Sequence[Tensor]
 Numbers = tuple[float | bool, ...]
@@ -202,6 +202,23 @@ def vjp(
     return (list(cotangents[0]), *products[1:]) if same else products
 
 
+def outer_update(
+    bases: Sequence[Tensor], values: Sequence[Tensor], weights: Sequence[Tensor], scale: float
+) -> list[Tensor]:
+    """base + scale · Σ_t weight_t (value_t − base), for bases ``[*shape]`` (none: 0) and values ``[T, *shape]``.
+
+    ``weights`` are none, for 1, or one contiguous tensor ``[T]``.
+    """
+    return torch.ops.metafast.outer_update(bases, values, weights, scale)
+
+
+def outer_update_in_place(
+    bases: Sequence[Tensor], values: Sequence[Tensor], weights: Sequence[Tensor], scale: float
+) -> None:
+    """As :func:`outer_update`, over the bases, which are contiguous."""
+    torch.ops.metafast.outer_update_(bases, values, weights, scale)
+
+
 def _arguments(op: _Op, rule: Rule, groups: Sequence[Group]) -> list[Any]:
     return [*groups[:2], *op.padded(rule.state_names, groups[2:]), *groups[-2:]]
 
@@ -216,3 +233,16 @@ def _like(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 for _op in (_SGD, _ADAM, _RMSPROP):
     _op.define()
+
+_library.define("outer_update(Tensor[] bases, Tensor[] values, Tensor[] weights, float scale) -> Tensor[]")
+_library.define("outer_update_(Tensor(a!)[] bases, Tensor[] values, Tensor[] weights, float scale) -> Tensor[]")
+
+
+@torch.library.register_fake("metafast::outer_update", lib=_library)
+def _(bases: list[Tensor], values: list[Tensor], weights: list[Tensor], scale: float) -> list[Tensor]:
+    return [value.new_empty(value.shape[1:]) for value in values]
+
+
+@torch.library.register_fake("metafast::outer_update_", lib=_library)
+def _(bases: list[Tensor], values: list[Tensor], weights: list[Tensor], scale: float) -> list[Tensor]:
+    return []
