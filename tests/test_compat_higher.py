@@ -243,14 +243,13 @@ def test_learned_rates(generator, data):
 
 @pytest.mark.parametrize("learned", [False, True])
 def test_groups_overrides_and_callbacks(generator, data, higher, learned):
-    """Two groups, an override for each, and clipped gradients; without learned rates a parameter is in no group."""
+    """Two groups, an override for each, and clipped gradients; a parameter is in no group."""
     model = Recurrent().double()
     results = []
     for library in (higher, ours):
         twin = copy.deepcopy(model)
         params = list(twin.parameters())
-        first = 0 if learned else 1
-        opt = torch.optim.SGD([{"params": params[4:]}, {"params": params[first:4], "momentum": 0.9}], lr=0.1)
+        opt = torch.optim.SGD([{"params": params[4:]}, {"params": params[1:4], "momentum": 0.9}], lr=0.1)
         lrs = [torch.tensor(value, dtype=torch.float64, requires_grad=learned) for value in (0.05, 0.2)]
         loss, grads, _, _ = run(
             library,
