@@ -6,7 +6,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 CSRC := $(shell find csrc -type f) setup.py pyproject.toml
 
-.PHONY: install demo test lint format bench gpu-check gpu-bench clean
+.PHONY: install demo test lint format bench sanitize gpu-check gpu-bench clean
 
 install: $(VENV)/.installed
 
@@ -37,9 +37,27 @@ format: install
 bench: install
 	$(RUN) -m metafast bench
 
+# The kernels with AddressSanitizer and UndefinedBehaviorSanitizer, built apart, under the tests that call them most. Leaks
+# are not looked for: the interpreter and torch keep much until the end.
+SANITIZED := build/sanitize/lib
+sanitize: install
+	METAFAST_BUILD=cpu METAFAST_SANITIZE=1 $(RUN) setup.py -q build --build-base build/sanitize --build-lib $(SANITIZED)
+	cd $(SANITIZED) && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
+	  $(CURDIR)/$(RUN) -m pytest -c $(CURDIR)/pyproject.toml -p no:cacheprovider -k "$(SANITIZE_TESTS)" \
+	  $(CURDIR)/tests/test_task_update.py $(CURDIR)/tests/test_task_update_outer.py \
+	  $(CURDIR)/tests/test_task_update_variants.py $(CURDIR)/tests/test_attention.py
+
+SANITIZE_TESTS := (task_update and not transforms and not finite and not torch_optim) or \
+  (test_attention.py and (float32 or strides or empty or order_of_inputs))
+
 gpu-check:
 	$(PYTHON) setup.py build_ext --inplace
 	$(PYTHON) -m pytest tests/test_gpu.py tests/test_attention_triton.py tests/test_task_update.py
+	@if command -v compute-sanitizer > /dev/null; then \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 --target-processes all \
+	    $(PYTHON) -m pytest tests/test_task_update.py -k cuda_equals_cpu; \
+	else echo "no compute-sanitizer: the kernels' memory accesses were not checked"; fi
 
 gpu-bench:
 	$(PYTHON) setup.py build_ext --inplace

@@ -2,6 +2,7 @@
 
 ``METAFAST_BUILD=auto|cpu|cuda``: ``auto`` builds the CUDA half when torch is a CUDA build and a toolkit is found
 (never by whether a GPU is visible, so that images can be built on machines without one); ``cpu`` and ``cuda`` insist.
+``METAFAST_SANITIZE=1`` adds AddressSanitizer and UndefinedBehaviorSanitizer (``make sanitize``).
 """
 
 import os
@@ -47,6 +48,10 @@ def extension(cuda: bool) -> CppExtension:
         "-Wextra",
         "-Wno-unused-parameter",
     ]
+    link = []
+    if os.environ.get("METAFAST_SANITIZE", "0") == "1":
+        link = ["-fsanitize=address,undefined"]
+        flags += [*link, "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g1", "-O1"]
     definitions = [("TORCH_TARGET_VERSION", TORCH_TARGET), ("METAFAST_FLAGS", '"' + " ".join(flags) + '"')]
     arguments = {"cxx": flags}
     if cuda:
@@ -61,6 +66,7 @@ def extension(cuda: bool) -> CppExtension:
         include_dirs=[str(root / "csrc")],
         define_macros=definitions,
         extra_compile_args=arguments,
+        extra_link_args=link,
         depends=[str(header.relative_to(root)) for header in (root / "csrc").rglob("*.h")],
     )
 

@@ -1,6 +1,6 @@
-// Updates of all parameters of all tasks: the formulas of each rule for one element, the plan that the kernels carry
-// out, and the ops, which make a plan of their arguments. csrc/cpu and csrc/cuda hold one `run(plan)` each, for every
-// rule. metafast/ops/task_update/README.md derives the formulas.
+// Updates of all parameters of all tasks: the plan that the kernels carry out, and how it is made of lists of tensors.
+// task_update_rules.h has the formulas of each rule for one element, task_update_ops.h the ops, which make a plan of
+// their arguments; csrc/cpu and csrc/cuda hold one `run(plan)` each, for every rule.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -15,76 +15,11 @@
 #include <utility>
 #include <vector>
 
-#if defined(__CUDACC__)
-#define METAFAST_ELEMENT __host__ __device__ __forceinline__
-#else
-#define METAFAST_ELEMENT inline __attribute__((always_inline))
-#endif
-
 namespace metafast::task_update {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
-
-// Rules: `element` reads `inputs` numbers and makes `outputs` numbers of them.
-
-// With g the gradient, its sign and weight decay included, and b the buffer, the new buffer is momentum b + kept g and
-// the step is lr (from_buffer b + from_grad g). Without momentum, as at the first step with it, the new buffer would be
-// g. All of this is arithmetic, without conditions, so that every compiler vectorises it.
-struct Sgd {
-  double sign, momentum, kept, from_buffer, from_grad;
-
-  Sgd(double momentum, double dampening, bool nesterov, bool maximize, bool first)
-      : sign(maximize ? -1 : 1), momentum(momentum), kept(first || momentum == 0 ? 1 : 1 - dampening),
-        from_buffer(nesterov ? momentum * momentum : momentum), from_grad(nesterov ? 1 + momentum * kept : kept) {}
-
-  template <class C>
-  struct As {  // in the type of the arithmetic
-    C sign, momentum, kept, from_buffer, from_grad;
-
-    explicit As(const Sgd& rule)
-        : sign(C(rule.sign)), momentum(C(rule.momentum)), kept(C(rule.kept)), from_buffer(C(rule.from_buffer)),
-          from_grad(C(rule.from_grad)) {}
-  };
-};
-
-struct SgdUpdate {
-  using Options = Sgd;
-  enum In { param, grad, buffer, lr, weight_decay, inputs };
-  enum Out { new_param, new_buffer, outputs };
-
-  template <class C>
-  static METAFAST_ELEMENT void element(const Sgd::As<C>& rule, const C* in, C* out) {
-    const C decayed = rule.sign * in[grad] + in[weight_decay] * in[param];
-    out[new_param] = in[param] - in[lr] * (rule.from_buffer * in[buffer] + rule.from_grad * decayed);
-    out[new_buffer] = rule.momentum * in[buffer] + rule.kept * decayed;
-  }
-};
-
-// The vector-Jacobian product. The update is linear in parameter, gradient and buffer: only where a rate is learned
-// does the product need them.
-template <bool learned>
-struct SgdVjp {
-  using Options = Sgd;
-  enum In { d_param, d_buffer, lr, weight_decay, param, grad, buffer };
-  enum Out { to_param, to_grad, to_buffer, to_lr, to_weight_decay };
-  static constexpr int inputs = learned ? 7 : 4, outputs = learned ? 5 : 3;
-
-  template <class C>
-  static METAFAST_ELEMENT void element(const Sgd::As<C>& rule, const C* in, C* out) {
-    const C d_step = -in[lr] * in[d_param];
-    const C d_decayed = rule.kept * in[d_buffer] + rule.from_grad * d_step;
-    out[to_param] = in[d_param] + in[weight_decay] * d_decayed;
-    out[to_grad] = rule.sign * d_decayed;
-    out[to_buffer] = rule.momentum * in[d_buffer] + rule.from_buffer * d_step;
-    if constexpr (learned) {
-      const C decayed = rule.sign * in[grad] + in[weight_decay] * in[param];
-      out[to_lr] = -in[d_param] * (rule.from_buffer * in[buffer] + rule.from_grad * decayed);
-      out[to_weight_decay] = d_decayed * in[param];
-    }
-  }
-};
 
 // The arithmetic for elements stored as Stored, and a rule's coefficients in it.
 template <class Stored>
@@ -95,10 +30,12 @@ using As = typename Rule::Options::template As<C>;
 // Plans: an item for each parameter tensor, T tasks of n elements, all contiguous.
 
 enum class From : uint8_t {
-  number,     // `value`, for every element
-  scalar,     // one element in memory, of a type of its own
-  all_tasks,  // n elements that the tasks share
-  each_task,  // T x n elements
+  number,       // `value`, for every element
+  scalar,       // one element in memory, of a type of its own
+  task_scalar,  // T elements in memory, of a type of their own: one for each task
+  last_task,    // 1 for the last task, 0 for those before it
+  all_tasks,    // n elements that the tasks share
+  each_task,    // T x n elements
 };
 
 struct Input {
@@ -193,6 +130,21 @@ class Planner {
     }
   }
 
+  // A tensor [T] for all items, or none for the number.
+  void read_task_scalars(int input, const Tensors& scalars, double number) {
+    for (auto& item : plan_.items) {
+      item.in[input].value = number;
+      if (scalars.empty()) continue;
+      STD_TORCH_CHECK(scalars[0].dim() == 1 && scalars[0].size(0) == item.tasks && scalars[0].is_contiguous(),
+                      "task_update: expected one contiguous tensor with a number for each task");
+      item.in[input] = {From::task_scalar, scalars[0].scalar_type(), scalars[0].data_ptr(), 0};
+    }
+  }
+
+  void read_last_task(int input) {
+    for (auto& item : plan_.items) item.in[input].from = From::last_task;
+  }
+
   // New tensors [T, *shape]; [*shape], the sum over tasks, for the items that `shared` marks.
   Tensors write(int output, const std::vector<bool>& shared = {}) {
     Tensors made;
@@ -204,6 +156,33 @@ class Planner {
       plan_.items[i].out[output] = {sum ? Keep::task_sum : Keep::each_task, -1, made.back().data_ptr()};
     }
     return made;
+  }
+
+  // As `write`, or over `old` where there are tensors to write over: nothing new is made then.
+  Tensors write(int output, const Tensors& old, bool in_place) {
+    if (!in_place || old.empty()) return write(output);
+    check_count(old);
+    for (size_t i = 0; i < old.size(); ++i) {
+      const auto& item = plan_.items[i];
+      STD_TORCH_CHECK(old[i].dim() == like_[i].dim() && old[i].numel() == item.tasks * item.elements &&
+                          old[i].scalar_type() == item.type && old[i].is_contiguous(),
+                      "task_update: expected contiguous tensors of the gradients' shapes and types to write over");
+      plan_.items[i].out[output] = {Keep::each_task, -1, old[i].data_ptr()};
+    }
+    return {};
+  }
+
+  // Sums over tasks [*shape], over `old` where there are tensors to write over: nothing new is made then.
+  Tensors write_sums(int output, const Tensors& old, bool in_place) {
+    if (!in_place || old.empty()) return write(output, std::vector<bool>(like_.size(), true));
+    check_count(old);
+    for (size_t i = 0; i < old.size(); ++i) {
+      const auto& item = plan_.items[i];
+      STD_TORCH_CHECK(old[i].numel() == item.elements && old[i].scalar_type() == item.type && old[i].is_contiguous(),
+                      "task_update: expected contiguous tensors of one task's shapes and types to write over");
+      plan_.items[i].out[output] = {Keep::task_sum, -1, old[i].data_ptr()};
+    }
+    return {};
   }
 
   // New tensors of the shapes of `rates`: the sums over all that uses an element of them.
@@ -261,65 +240,5 @@ class Planner {
                                 tensor.data_ptr(), 0};
   }
 };
-
-// Ops. Their schemas, and what the arguments are, are in metafast/ops/task_update/library.py.
-
-template <class Device>
-std::tuple<Tensors, Tensors> sgd_update(
-    const Tensors& params, const Tensors& grads, const Tensors& buffers, const Tensors& lrs, const Tensors& decays,
-    double lr, double momentum, double dampening, bool nesterov, double weight_decay, bool maximize) {
-  using Rule = SgdUpdate;
-  Planner<Rule> planner(grads);
-  planner.read(Rule::param, params);
-  planner.read(Rule::grad, grads);
-  planner.read(Rule::buffer, buffers);
-  planner.read_rate(Rule::lr, lrs, lr);
-  planner.read_rate(Rule::weight_decay, decays, weight_decay);
-  Tensors new_params = planner.write(Rule::new_param);
-  Tensors new_buffers = momentum != 0 ? planner.write(Rule::new_buffer) : Tensors();
-  Device::run(planner.finished(), Sgd(momentum, dampening, nesterov, maximize, buffers.empty()));
-  return {std::move(new_params), std::move(new_buffers)};
-}
-
-template <class Device, bool learned>
-std::tuple<Tensors, Tensors, Tensors, Tensors, Tensors> sgd_update_vjp_of(
-    const Tensors& d_params, const Tensors& d_buffers, const Tensors& params, const Tensors& grads,
-    const Tensors& buffers, const Tensors& lrs, const Tensors& decays, double lr, double weight_decay, const Sgd& rule,
-    const std::vector<bool>& shared, const std::vector<bool>& needed) {
-  using Rule = SgdVjp<learned>;
-  Planner<Rule> planner(d_params);
-  planner.read(Rule::d_param, d_params);
-  planner.read(Rule::d_buffer, d_buffers);
-  planner.read_rate(Rule::lr, lrs, lr);
-  planner.read_rate(Rule::weight_decay, decays, weight_decay);
-  if constexpr (learned) {
-    planner.read(Rule::param, params);
-    planner.read(Rule::grad, grads);
-    planner.read(Rule::buffer, buffers);
-  }
-  std::array<Tensors, 5> made;
-  if (needed[0]) made[0] = planner.write(Rule::to_param, shared);
-  if (needed[1]) made[1] = planner.write(Rule::to_grad);
-  if (needed[2]) made[2] = planner.write(Rule::to_buffer);
-  if constexpr (learned) {
-    if (needed[3]) made[3] = planner.write_rate(Rule::to_lr, lrs);
-    if (needed[4]) made[4] = planner.write_rate(Rule::to_weight_decay, decays);
-  }
-  Device::run(planner.finished(), rule);
-  return {std::move(made[0]), std::move(made[1]), std::move(made[2]), std::move(made[3]), std::move(made[4])};
-}
-
-template <class Device>
-std::tuple<Tensors, Tensors, Tensors, Tensors, Tensors> sgd_update_vjp(
-    const Tensors& d_params, const Tensors& d_buffers, const Tensors& params, const Tensors& grads,
-    const Tensors& buffers, const Tensors& lrs, const Tensors& decays, double lr, double momentum, double dampening,
-    bool nesterov, double weight_decay, bool maximize, bool first, const std::vector<bool>& shared,
-    const std::vector<bool>& needed) {
-  STD_TORCH_CHECK(shared.size() == d_params.size() && needed.size() == 5,
-                  "sgd_update_vjp: expected shared for each parameter and needed for each of five groups");
-  const Sgd rule(momentum, dampening, nesterov, maximize, first);
-  const auto product = needed[3] || needed[4] ? &sgd_update_vjp_of<Device, true> : &sgd_update_vjp_of<Device, false>;
-  return product(d_params, d_buffers, params, grads, buffers, lrs, decays, lr, weight_decay, rule, shared, needed);
-}
 
 }  // namespace metafast::task_update

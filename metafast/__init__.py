@@ -4,15 +4,22 @@ from metafast import inner
 from metafast.accelerate import accelerate
 from metafast.backend import BackendUnavailableError, build_info, use_backend
 from metafast.check import Report, check
-from metafast.meta import MAML, Reptile
+from metafast.meta import ANIL, IMAML, MAML, MAMLPlusPlus, MetaSGD, PerStep, ProtoMAML, ProtoNet, Reptile
 from metafast.ops.attention import scaled_dot_product_attention
 from metafast.ops.task_update import task_update
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ANIL",
+    "IMAML",
     "MAML",
     "BackendUnavailableError",
+    "MAMLPlusPlus",
+    "MetaSGD",
+    "PerStep",
+    "ProtoMAML",
+    "ProtoNet",
     "Report",
     "Reptile",
     "accelerate",

@@ -1,19 +1,109 @@
 """Update rules of the inner loop: what they are, as small frozen objects that carry no tensors.
 
-A rule is applied by :func:`metafast.task_update`. Rates that are learned are tensors and are passed beside the rule.
+A rule is applied by :func:`metafast.task_update`. Rates that are learned are tensors: a rule says which ones
+(``learn``), the meta-learner owns them and passes them beside the rule.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar, TypeAlias
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import ClassVar
 
-__all__ = ["SGD", "Rule"]
+__all__ = ["GRANULARITIES", "SGD", "Adam", "AdamW", "RMSprop", "Rule"]
+
+GRANULARITIES: dict[str, str] = {
+    "number": "one number",
+    "step": "one a step (LSLR)",
+    "tensor": "one a parameter tensor",
+    "tensor_step": "one a parameter tensor and step (MAML++)",
+    "parameter": "one a single parameter (Meta-SGD)",
+    "parameter_step": "one a single parameter and step",
+}
+"""What a learned rate can be, by the name that ``learn`` takes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """What every rule says besides its own numbers.
+
+    Args:
+        learn: which rates the meta-learner learns, starting at the rule's numbers: the name of one (learned as one
+            number), or a mapping of names to one of ``"number"``, ``"step"`` (LSLR), ``"tensor"``, ``"tensor_step"``
+            (MAML++, Antoniou et al. 2019), ``"parameter"`` (Meta-SGD, Li et al. 2017) or ``"parameter_step"``. Kept as
+            a sorted tuple of pairs, so that rules can be compared and hashed.
+        learn_log: learn the logarithms of these rates, so that they stay positive.
+        clip_norm: scales each task's gradients, all tensors together, to at most this 2-norm, as
+            :func:`torch.nn.utils.clip_grad_norm_` does; None leaves them.
+        clip_value: clips every element of the gradients to at most this magnitude, after ``clip_norm``; None leaves
+            them.
+
+    Raises:
+        TypeError: an argument is not of the type above.
+        ValueError: ``learn`` names no rate of the rule, no such granularity, or with ``learn_log`` a rate that is 0;
+            ``learn_log`` without ``learn``; a clipping threshold that is not above 0.
+    """
+
+    learn: str | Mapping[str, str] | tuple[tuple[str, str], ...] = ()
+    learn_log: bool = False
+    clip_norm: float | None = None
+    clip_value: float | None = None
+
+    rate_names: ClassVar[tuple[str, ...]] = ()
+    """The numbers that tensors can replace."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "learn", self._checked_learn())
+        _check_flag("learn_log", self.learn_log)
+        if self.learn_log and not self.learn:
+            raise ValueError("learn_log: expected False where learn names no rate, got True")
+        for name in self.learned if self.learn_log else ():
+            if getattr(self, name) == 0:
+                raise ValueError(f"{name}: expected more than 0, to learn its logarithm, got 0")
+        for name in ("clip_norm", "clip_value"):
+            if getattr(self, name) is not None:
+                _check_number(name, getattr(self, name), above=0.0)
+
+    @property
+    def learned(self) -> dict[str, str]:
+        """The granularity of each learned rate, by its name."""
+        return dict(self.learn)  # type: ignore[arg-type]  # pairs, since __post_init__
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """What a step remembers of each parameter for the next one, with the names that torch.optim gives it."""
+        return ()
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether a step needs what the step before remembered of each parameter."""
+        return bool(self.state_names)
+
+    def __str__(self) -> str:
+        given = (f for f in fields(self) if getattr(self, f.name) != f.default)
+        return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in given)})"
+
+    def _checked_learn(self) -> tuple[tuple[str, str], ...]:
+        learn = self.learn
+        if isinstance(learn, str):
+            learn = ((learn, "number"),)
+        try:
+            pairs = dict(learn)
+        except (TypeError, ValueError):
+            raise TypeError(
+                f"learn: expected the name of a rate or a mapping of such names to granularities, got {self.learn!r}"
+            ) from None
+        for name, granularity in pairs.items():
+            if name not in self.rate_names:
+                raise ValueError(f"learn: expected names among {', '.join(self.rate_names)}, got {name!r}")
+            if granularity not in GRANULARITIES:
+                raise ValueError(f"learn[{name!r}]: expected one of {', '.join(GRANULARITIES)}, got {granularity!r}")
+        return tuple(sorted(pairs.items()))
 
 
 @dataclass(frozen=True)
-class SGD:
+class SGD(Rule):
     """Stochastic gradient descent with the semantics of :class:`torch.optim.SGD`, for the parameters of T tasks.
 
     At every step, with g negated first where ``maximize`` is set::
@@ -30,6 +120,7 @@ class SGD:
             momentum in deep learning", ICML 2013; needs ``momentum > 0`` and ``dampening == 0``.
         weight_decay: factor of the L2 penalty, at least 0.
         maximize: ascend instead.
+        learn, learn_log, clip_norm, clip_value: see :class:`Rule`; rates are ``lr`` and ``weight_decay``.
 
     Raises:
         TypeError: an argument is not of the type above. A tensor belongs in ``task_update``'s ``rates``.
@@ -44,7 +135,6 @@ class SGD:
     maximize: bool = False
 
     rate_names: ClassVar[tuple[str, ...]] = ("lr", "weight_decay")
-    state_names: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
 
     def __post_init__(self) -> None:
         _check_number("lr", self.lr, minimum=0.0)
@@ -58,22 +148,158 @@ class SGD:
                 "nesterov: expected momentum > 0 and dampening == 0, "
                 f"got momentum={self.momentum} and dampening={self.dampening}"
             )
+        super().__post_init__()
 
     @property
-    def keeps_state(self) -> bool:
-        """Whether a step needs what the step before remembered of each parameter."""
-        return self.momentum != 0
+    def state_names(self) -> tuple[str, ...]:
+        """The momentum buffer, where there is momentum."""
+        return ("momentum_buffer",) if self.momentum != 0 else ()
 
 
-Rule: TypeAlias = SGD
+@dataclass(frozen=True)
+class Adam(Rule):
+    """Adam with the semantics of :class:`torch.optim.Adam`, for the parameters of T tasks.
+
+    At every step t = 1, 2, ..., with g negated first where ``maximize`` is set::
+
+        g ← g + weight_decay · θ
+        m ← β₁ · m + (1 − β₁) · g
+        v ← β₂ · v + (1 − β₂) · g²
+        θ ← θ − lr · m / (1 − β₁ᵗ) / (√(v / (1 − β₂ᵗ) + eps_root) + eps)
+
+    Where √ is 0 (rows of an embedding that no example used so far) its derivative is taken as 0, the limit.
+
+    Args:
+        lr: learning rate, at least 0.
+        betas: β₁ and β₂, each at least 0 and less than 1.
+        eps: at least 0.
+        eps_root: at least 0; above 0 the update is smooth where gradients are 0 (as in optax; torch has none).
+        weight_decay: factor of the L2 penalty, at least 0.
+        amsgrad: divide by the greatest v so far (Reddi et al., "On the convergence of Adam and beyond", ICLR 2018).
+        maximize: ascend instead.
+        learn, learn_log, clip_norm, clip_value: see :class:`Rule`; rates are ``lr`` and ``weight_decay``.
+
+    Raises:
+        TypeError: an argument is not of the type above. A tensor belongs in ``task_update``'s ``rates``.
+        ValueError: an argument is outside of the range above.
+    """
+
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    eps_root: float = 0.0
+    weight_decay: float = 0.0
+    amsgrad: bool = False
+    maximize: bool = False
+
+    rate_names: ClassVar[tuple[str, ...]] = ("lr", "weight_decay")
+    decoupled: ClassVar[bool] = False
+    """Whether weight decay shrinks the parameter by itself and is no part of the gradient."""
+
+    def __post_init__(self) -> None:
+        _check_number("lr", self.lr, minimum=0.0)
+        if not isinstance(self.betas, (tuple, list)) or len(self.betas) != 2:
+            raise TypeError(f"betas: expected two numbers, got {self.betas!r}")
+        object.__setattr__(self, "betas", tuple(self.betas))
+        for i, beta in enumerate(self.betas):
+            _check_number(f"betas[{i}]", beta, minimum=0.0, below=1.0)
+        _check_number("eps", self.eps, minimum=0.0)
+        _check_number("eps_root", self.eps_root, minimum=0.0)
+        _check_number("weight_decay", self.weight_decay, minimum=0.0)
+        _check_flag("amsgrad", self.amsgrad)
+        _check_flag("maximize", self.maximize)
+        super().__post_init__()
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """The averages of the gradient and of its square, and with amsgrad the greatest of the latter."""
+        return ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if self.amsgrad else ()))
 
 
-def _check_number(name: str, number: float, minimum: float = -math.inf) -> None:
+@dataclass(frozen=True)
+class AdamW(Adam):
+    """Adam with decoupled weight decay, the semantics of :class:`torch.optim.AdamW`.
+
+    As :class:`Adam`, but the gradient is left alone and θ ← (1 − lr · weight_decay) · θ before the step (Loshchilov and
+    Hutter, "Decoupled weight decay regularization", ICLR 2019). ``weight_decay`` is 0.01 by default, as in torch.
+    """
+
+    weight_decay: float = 0.01
+
+    decoupled: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class RMSprop(Rule):
+    """RMSprop with the semantics of :class:`torch.optim.RMSprop`, for the parameters of T tasks.
+
+    At every step, with g negated first where ``maximize`` is set::
+
+        g ← g + weight_decay · θ
+        v ← alpha · v + (1 − alpha) · g²
+        a ← alpha · a + (1 − alpha) · g       (where centered; else a = 0)
+        b ← momentum · b + g / (√(v − a²) + eps)
+        θ ← θ − lr · b
+
+    Where √ is 0 (rows of an embedding that no example used so far) its derivative is taken as 0, the limit; where
+    v − a² is less than 0, by rounding, it is taken as 0.
+
+    Args:
+        lr: learning rate, at least 0.
+        alpha: smoothing constant, at least 0 and at most 1.
+        eps: at least 0.
+        weight_decay: factor of the L2 penalty, at least 0.
+        momentum: at least 0; with 0 the rule keeps no buffer of it.
+        centered: divide by an estimate of the gradient's standard deviation.
+        maximize: ascend instead.
+        learn, learn_log, clip_norm, clip_value: see :class:`Rule`; rates are ``lr`` and ``weight_decay``.
+
+    Raises:
+        TypeError: an argument is not of the type above. A tensor belongs in ``task_update``'s ``rates``.
+        ValueError: an argument is outside of the range above.
+    """
+
+    lr: float
+    alpha: float = 0.99
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    momentum: float = 0.0
+    centered: bool = False
+    maximize: bool = False
+
+    rate_names: ClassVar[tuple[str, ...]] = ("lr", "weight_decay")
+
+    def __post_init__(self) -> None:
+        _check_number("lr", self.lr, minimum=0.0)
+        _check_number("alpha", self.alpha, minimum=0.0)
+        if self.alpha > 1:
+            raise ValueError(f"alpha: expected a finite number of at most 1, got {self.alpha}")
+        _check_number("eps", self.eps, minimum=0.0)
+        _check_number("weight_decay", self.weight_decay, minimum=0.0)
+        _check_number("momentum", self.momentum, minimum=0.0)
+        _check_flag("centered", self.centered)
+        _check_flag("maximize", self.maximize)
+        super().__post_init__()
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """The average of the squared gradient, the buffer of a momentum, and where centered that of the gradient."""
+        buffer = ("momentum_buffer",) if self.momentum != 0 else ()
+        return ("square_avg", *buffer, *(("grad_avg",) if self.centered else ()))
+
+
+def _check_number(
+    name: str, number: float, minimum: float = -math.inf, above: float = -math.inf, below: float = math.inf
+) -> None:
     if isinstance(number, bool) or not isinstance(number, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(number).__name__}")
-    if not math.isfinite(number) or number < minimum:
-        at_least = "" if minimum == -math.inf else f" of at least {minimum:g}"
-        raise ValueError(f"{name}: expected a finite number{at_least}, got {number}")
+    if not math.isfinite(number) or number < minimum or number <= above or number >= below:
+        bounds = [
+            *([f"of at least {minimum:g}"] if minimum != -math.inf else []),
+            *([f"above {above:g}"] if above != -math.inf else []),
+            *([f"below {below:g}"] if below != math.inf else []),
+        ]
+        raise ValueError(f"{name}: expected a finite number {' and '.join(bounds)}".rstrip() + f", got {number}")
 
 
 def _check_flag(name: str, flag: bool) -> None:

@@ -1,4 +1,4 @@
-"""The task update against torch.optim.SGD, autograd through its formula, and finite differences."""
+"""The task update against torch.optim, autograd through its formulas, and finite differences."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from metafast.backend import BackendUnavailableError, use_backend
-from metafast.inner import SGD
-from metafast.ops.task_update import task_update
+from metafast.inner import SGD, Adam, AdamW, RMSprop, Rule
+from metafast.ops.task_update import library, task_update
+from metafast.testing import relative_error
 
 Shapes = Sequence[tuple[int, ...]]
 
@@ -29,8 +30,19 @@ RULES = [
     SGD(0.1, momentum=0.9, dampening=0.3, weight_decay=0.2),
     SGD(0.1, momentum=0.9, nesterov=True),
     SGD(0.1, momentum=0.9, nesterov=True, weight_decay=0.2, maximize=True),
+    Adam(0.1),
+    Adam(0.1, betas=(0.8, 0.95), eps=1e-3, weight_decay=0.2, maximize=True),
+    Adam(0.1, betas=(0.8, 0.95), weight_decay=0.2, amsgrad=True),
+    AdamW(0.1, betas=(0.8, 0.95)),
+    AdamW(0.1, weight_decay=0.2, amsgrad=True),
+    RMSprop(0.1),
+    RMSprop(0.1, alpha=0.8, eps=1e-3, weight_decay=0.2, maximize=True),
+    RMSprop(0.1, alpha=0.8, momentum=0.9),
+    RMSprop(0.1, alpha=0.8, centered=True),
+    RMSprop(0.1, alpha=0.8, momentum=0.9, centered=True, weight_decay=0.2),
 ]
-FEW_RULES = [RULES[0], RULES[3], RULES[5]]
+OTHERS = [Adam(0.1, betas=(0.8, 0.9), eps_root=1e-2), RULES[8], RULES[9], RULES[15]]
+FEW_RULES = [RULES[0], RULES[3], RULES[5], *OTHERS]
 RATES = ["numbers", "one", "a tensor", "a parameter", "mixed"]
 BACKENDS = ["fused", "reference"]
 
@@ -45,7 +57,7 @@ class Call:
 
     def __init__(
         self,
-        rule: SGD,
+        rule: Rule,
         rates: str = "numbers",
         first: bool = False,
         shapes: Shapes = SHAPES,
@@ -54,7 +66,8 @@ class Call:
     ) -> None:
         self.rule = rule
         self.count = len(shapes)
-        self.stateful = rule.momentum != 0 and not first
+        self.states = () if first else rule.state_names
+        self.step = 0 if first else 2
         self.rates = rates
         mixed = [shape if i % 2 else () for i, shape in enumerate(shapes)]
         sizes = {"numbers": [], "one": [()], "a tensor": [()] * self.count, "a parameter": shapes, "mixed": mixed}[
@@ -62,46 +75,113 @@ class Call:
         ]
         rows = [(TASKS, *shape) for shape in shapes]
         params = [shape if one else row for shape, row, one in zip(shapes, rows, shared, strict=True)]
-        self.tensors = randoms([*params, *rows, *(rows if self.stateful else []), *sizes, *sizes], 0, dtype)
+        self.tensors = randoms([*params, *rows, *rows * len(self.states), *sizes, *sizes], 0, dtype)
+        # Adam and RMSprop divide the gradient by its magnitude: the derivative of g / |g| is the difference of numbers as
+        # large as 1 / |g|, and near 0 any formula loses digits. Here gradients stay away from 0, decay included.
+        count = self.count
+        self.tensors[count : 2 * count] = [g + 2 * g.sign() for g in self.tensors[count : 2 * count]]
+        rates_from = (2 + len(self.states)) * count
+        self.tensors[rates_from:] = [0.1 * rate.abs() for rate in self.tensors[rates_from:]]
 
     def leaves(self) -> list[Tensor]:
         return [tensor.clone().requires_grad_() for tensor in self.tensors]
 
     def arguments(self, flat: Sequence[Tensor]) -> tuple[Any, ...]:
         """params, grads, state, rates"""
-        groups = [
-            list(flat[i : i + self.count]) for i in range(0, (3 if self.stateful else 2) * self.count, self.count)
-        ]
-        rest = flat[len(groups) * self.count :]
+        sizes = range(0, (2 + len(self.states)) * self.count, self.count)
+        params, grads, *states = [list(flat[i : i + self.count]) for i in sizes]
+        state = dict(zip(self.states, states, strict=True))
+        for name in state:
+            # Averages of squares are above 0, and above the square of the average.
+            if name.endswith(("_sq", "square_avg")):
+                averages = state.get("grad_avg", [0] * self.count)
+                state[name] = [x * x + 0.1 + a * a for x, a in zip(state[name], averages, strict=True)]
+        rest = flat[(2 + len(states)) * self.count :]
         lrs, decays = list(rest[: len(rest) // 2]), list(rest[len(rest) // 2 :])
         rates: dict[str, Any] | None = {"lr": lrs, "weight_decay": decays} if lrs else None
         if self.rates == "one":
             rates = {"lr": lrs[0], "weight_decay": decays[0]}
-        return groups[0], groups[1], {"momentum_buffer": groups[2]} if self.stateful else None, rates
+        return params, grads, state or None, rates
 
     def __call__(self, *flat: Tensor, backend: str = "fused") -> tuple[Tensor, ...]:
         params, grads, state, rates = self.arguments(flat)
-        new_params, new_state = task_update(self.rule, params, grads, state, rates=rates, backend=backend)
+        new_params, new_state = task_update(
+            self.rule, params, grads, state, rates=rates, step=self.step, backend=backend
+        )
         return (*new_params, *(buffer for buffers in new_state.values() for buffer in buffers))
 
     def formula(self, *flat: Tensor) -> tuple[Tensor, ...]:
-        """torch.optim.SGD's algorithm as its documentation states it."""
-        rule = self.rule
+        """The algorithm as the documentation of torch.optim states it."""
         params, grads, state, rates = self.arguments(flat)
-        new_params, new_buffers = [], []
+        new_params: list[Tensor] = []
+        new_state: dict[str, list[Tensor]] = {name: [] for name in self.rule.state_names}
         for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
-            lr: Any = rule.lr
-            decay: Any = rule.weight_decay
+            lr, decay = self.rule.lr, self.rule.weight_decay  # type: ignore[attr-defined]
             if rates is not None:
                 lr, decay = (rate if isinstance(rate, Tensor) else rate[i] for rate in rates.values())
-            grad = (-grad if rule.maximize else grad) + decay * param
-            if rule.momentum:
-                old = None if state is None else state["momentum_buffer"][i]
-                buffer = grad if old is None else rule.momentum * old + (1 - rule.dampening) * grad
-                new_buffers.append(buffer)
-                grad = grad + rule.momentum * buffer if rule.nesterov else buffer
-            new_params.append(param - lr * grad)
-        return (*new_params, *new_buffers)
+            old = {name: None if state is None else state[name][i] for name in self.rule.state_names}
+            new_param, new = FORMULAS[type(self.rule)](self.rule, self.step + 1, param, grad, old, lr, decay)
+            new_params.append(new_param)
+            for name, tensor in new.items():
+                new_state[name].append(tensor)
+        return (*new_params, *(tensor for group in new_state.values() for tensor in group))
+
+
+State = dict[str, Any]
+
+
+def sgd_formula(
+    rule: Any, t: int, param: Tensor, grad: Tensor, old: State, lr: Any, decay: Any
+) -> tuple[Tensor, State]:
+    grad = (-grad if rule.maximize else grad) + decay * param
+    if not rule.momentum:
+        return param - lr * grad, {}
+    before = old["momentum_buffer"]
+    buffer = grad if before is None else rule.momentum * before + (1 - rule.dampening) * grad
+    step = grad + rule.momentum * buffer if rule.nesterov else buffer
+    return param - lr * step, {"momentum_buffer": buffer}
+
+
+def adam_formula(
+    rule: Any, t: int, param: Tensor, grad: Tensor, old: State, lr: Any, decay: Any
+) -> tuple[Tensor, State]:
+    grad = -grad if rule.maximize else grad
+    if isinstance(rule, AdamW):
+        param = param - lr * decay * param
+    else:
+        grad = grad + decay * param
+    beta1, beta2 = rule.betas
+    m = beta1 * (0 if old["exp_avg"] is None else old["exp_avg"]) + (1 - beta1) * grad
+    v = beta2 * (0 if old["exp_avg_sq"] is None else old["exp_avg_sq"]) + (1 - beta2) * grad**2
+    new = {"exp_avg": m, "exp_avg_sq": v}
+    if rule.amsgrad:
+        before = old["max_exp_avg_sq"]
+        v = new["max_exp_avg_sq"] = torch.maximum(torch.zeros_like(v) if before is None else before, v)
+    return param - lr * (m / (1 - beta1**t)) / ((v / (1 - beta2**t) + rule.eps_root).sqrt() + rule.eps), new
+
+
+def rmsprop_formula(
+    rule: Any, t: int, param: Tensor, grad: Tensor, old: State, lr: Any, decay: Any
+) -> tuple[Tensor, State]:
+    grad = (-grad if rule.maximize else grad) + decay * param
+    old = {name: 0 if tensor is None else tensor for name, tensor in old.items()}
+    v = rule.alpha * old["square_avg"] + (1 - rule.alpha) * grad**2
+    new, variance = {"square_avg": v}, v
+    if rule.centered:
+        average = rule.alpha * old["grad_avg"] + (1 - rule.alpha) * grad
+        variance = v - average**2
+    step = grad / (variance.sqrt() + rule.eps)
+    if rule.momentum:
+        step = new["momentum_buffer"] = rule.momentum * old["momentum_buffer"] + step
+    return param - lr * step, {**new, **({"grad_avg": average} if rule.centered else {})}
+
+
+FORMULAS: dict[type[Rule], Callable[..., tuple[Tensor, State]]] = {
+    SGD: sgd_formula,
+    Adam: adam_formula,
+    AdamW: adam_formula,
+    RMSprop: rmsprop_formula,
+}
 
 
 def assert_equal(actual: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float = 1e-12) -> None:
@@ -112,29 +192,33 @@ def assert_equal(actual: Sequence[Tensor], expected: Sequence[Tensor], tolerance
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("rule", RULES, ids=str)
-def test_steps_equal_torch_optim(rule: SGD, backend: str) -> None:
+def test_steps_equal_torch_optim(rule: Rule, backend: str) -> None:
     start = randoms(SHAPES, 1)
     gradients = [randoms([(TASKS, *shape) for shape in SHAPES], 10 + step) for step in range(4)]
     params, state = start, None
     for step, grads in enumerate(gradients):
         params, state = task_update(rule, params, grads, state, step=step, backend=backend)
+    options = {f.name: getattr(rule, f.name) for f in dataclasses.fields(rule) if not f.kw_only}
+    options.pop("eps_root", None)  # torch has none: 0
     for task in range(TASKS):
         expected = [torch.nn.Parameter(tensor.clone()) for tensor in start]
-        optimizer = torch.optim.SGD(expected, **dataclasses.asdict(rule))
+        optimizer = getattr(torch.optim, type(rule).__name__)(expected, **options)
         for grads in gradients:
             for param, grad in zip(expected, grads, strict=True):
                 param.grad = grad[task].clone()
             optimizer.step()
         assert_equal([param[task] for param in params], [param.detach() for param in expected])
-        buffers = [optimizer.state[param]["momentum_buffer"] for param in expected] if rule.momentum else []
         assert state is not None
-        assert_equal([buffer[task] for buffer in state.get("momentum_buffer", [])], buffers)
+        assert tuple(state) == rule.state_names
+        for name, group in state.items():
+            # Of a parameter without elements torch.optim has a state too.
+            assert_equal([tensor[task] for tensor in group], [optimizer.state[param][name] for param in expected])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("rates", RATES)
 @pytest.mark.parametrize("rule", RULES, ids=str)
-def test_vjp_equals_autograd_through_the_formula(rule: SGD, rates: str, backend: str) -> None:
+def test_vjp_equals_autograd_through_the_formula(rule: Rule, rates: str, backend: str) -> None:
     for first in (True, False):
         call = Call(rule, rates, first)
         leaves = call.leaves()
@@ -147,7 +231,7 @@ def test_vjp_equals_autograd_through_the_formula(rule: SGD, rates: str, backend:
 
 @pytest.mark.parametrize("rates", ["numbers", "one", "a parameter"])
 @pytest.mark.parametrize("rule", FEW_RULES, ids=str)
-def test_derivatives_equal_finite_differences(rule: SGD, rates: str) -> None:
+def test_derivatives_equal_finite_differences(rule: Rule, rates: str) -> None:
     call = Call(rule, rates, shapes=[(2,), (0,), ()], shared=[True, False, False])
     assert torch.autograd.gradcheck(call, call.leaves(), check_forward_ad=True)
     assert torch.autograd.gradgradcheck(call, call.leaves(), check_fwd_over_rev=True)
@@ -191,14 +275,14 @@ TRANSFORMS: dict[str, Callable[[Function], Function]] = {
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("rates", ["numbers", "one", "mixed"])
 @pytest.mark.parametrize("rule", FEW_RULES, ids=str)
-def test_func_transforms_equal_those_of_the_formula(rule: SGD, rates: str, transform: str) -> None:
+def test_func_transforms_equal_those_of_the_formula(rule: Rule, rates: str, transform: str) -> None:
     call = Call(rule, rates, shapes=[(4,), (2, 3)], shared=[True, False])
     transformed = TRANSFORMS[transform]
     assert_equal(transformed(call)(*call.tensors), transformed(call.formula)(*call.tensors), 1e-10)
 
 
 @pytest.mark.parametrize("rule", [RULES[0], RULES[3]], ids=str)
-def test_containers_keep_type_and_keys(rule: SGD) -> None:
+def test_containers_keep_type_and_keys(rule: Rule) -> None:
     params, grads, _, rates = Call(rule, "mixed").arguments(Call(rule, "mixed").tensors)
     lrs = rates["lr"]
     names = ["e", "d", "c", "b", "a"]
@@ -229,8 +313,9 @@ def scattered(tensor: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("rates", ["numbers", "a parameter"])
-def test_non_contiguous_inputs(rates: str) -> None:
-    call = Call(RULES[3], rates, shapes=[(4, 6), (5,), (3, 4)], shared=[True, False, False])
+@pytest.mark.parametrize("rule", [RULES[3], *OTHERS], ids=str)
+def test_non_contiguous_inputs(rule: Rule, rates: str) -> None:
+    call = Call(rule, rates, shapes=[(4, 6), (5,), (3, 4)], shared=[True, False, False])
     leaves = call.leaves()
     changed = [scattered(tensor).requires_grad_() for tensor in call.tensors]
     assert not any(tensor.is_contiguous() for tensor in changed)
@@ -276,6 +361,55 @@ def test_lower_precisions_round_once(rates: str, dtype: torch.dtype) -> None:
         torch.testing.assert_close(one.double(), other, rtol=torch.finfo(dtype).eps, atol=4e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rates", ["numbers", "mixed"])
+@pytest.mark.parametrize("rule", OTHERS, ids=str)
+def test_lower_precisions_equal_the_reference(rule: Rule, rates: str, dtype: torch.dtype) -> None:
+    """Against exact arithmetic on the same numbers the error is at most twice the reference's, or a rounding."""
+    call = Call(rule, rates, dtype=dtype)
+    exact = Call(rule, rates)
+    exact.tensors = [tensor.double() for tensor in call.tensors]
+    found = []
+    for one, backend in ((exact, "reference"), (call, "reference"), (call, "fused")):
+        leaves = one.leaves()
+        outputs = one(*leaves, backend=backend)
+        cotangents = randoms([tuple(output.shape) for output in outputs], 9, dtype)
+        products = torch.autograd.grad(
+            outputs, leaves, [c.to(o.dtype) for c, o in zip(cotangents, outputs, strict=True)]
+        )
+        found.append([torch.cat([tensor.flatten() for tensor in group]) for group in (outputs, products)])
+    for true, reference, fused in zip(*found, strict=True):
+        assert fused.dtype == dtype
+        assert relative_error(fused, true) <= max(2 * relative_error(reference, true), torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rates", ["numbers", "a parameter"])
+@pytest.mark.parametrize("rule", RULES[6:], ids=str)
+def test_derivatives_where_nothing_was_seen_are_limits(rule: Rule, rates: str, backend: str) -> None:
+    """Rows of an embedding that no example uses: gradient and state are 0. The limit is that of tiny gradients."""
+    rule = dataclasses.replace(rule, weight_decay=0.0, eps=1e-3)  # type: ignore[call-arg]
+    for first in (True, False):
+        call = Call(rule, rates, first, shapes=[(2, 3)], shared=[False])
+
+        def products(scale: float, call: Call = call, first: bool = first) -> list[Tensor]:
+            params, grads, _, given = call.arguments(call.tensors)
+            grads = [(grads[0] * scale).requires_grad_()]
+            state = None if first else {name: [torch.zeros_like(grads[0])] for name in rule.state_names}
+            given = None if given is None else {"lr": [given["lr"][0].requires_grad_()]}
+            new, after = task_update(rule, params, grads, state, rates=given, step=call.step, backend=backend)
+            outputs = [new[0], *(tensor for group in after.values() for tensor in group)]
+            leaves = [grads[0], *(given["lr"] if given else [])]
+            found = torch.autograd.grad(outputs, leaves, [torch.ones_like(o) for o in outputs], create_graph=True)
+            twice = torch.autograd.grad([f.sum() for f in found], leaves, allow_unused=True)
+            assert all(t is None or t.isfinite().all() for t in twice)
+            return [f.detach() for f in found]
+
+        for at, near in zip(products(0.0), products(1e-12), strict=True):
+            assert at.isfinite().all()
+            torch.testing.assert_close(at, near, rtol=1e-7, atol=1e-7)
+
+
 def test_dtypes_may_differ_between_parameters() -> None:
     dtypes = [torch.float32, torch.bfloat16, torch.float64, torch.float16, torch.float32]
     call = Call(RULES[3], "a parameter")
@@ -286,8 +420,9 @@ def test_dtypes_may_differ_between_parameters() -> None:
         assert_equal([output], [alone(*flat[i % 5 :: 5])[i // 5]], 0)
 
 
-def test_result_does_not_depend_on_the_number_of_threads() -> None:
-    call = Call(RULES[3], "one", shapes=[(300, 400), (64,), (70_000,), (3,)], shared=[True, False, False, True])
+@pytest.mark.parametrize("rule", [RULES[3], *OTHERS], ids=str)
+def test_result_does_not_depend_on_the_number_of_threads(rule: Rule) -> None:
+    call = Call(rule, "one", shapes=[(300, 400), (64,), (70_000,), (3,)], shared=[True, False, False, True])
     call.tensors = [tensor.float() for tensor in call.tensors]
     threads = torch.get_num_threads()
     found = []
@@ -354,16 +489,23 @@ def test_device_without_kernels() -> None:
     assert task_update(SGD(0.1), [param], [grad])[0][0].shape == (TASKS, 5)
 
 
-def test_ops_are_registered_as_they_behave() -> None:
-    call = Call(RULES[3], "mixed")
+@pytest.mark.parametrize("rule", [RULES[0], RULES[3], *OTHERS], ids=str)
+def test_ops_are_registered_as_they_behave(rule: Rule) -> None:
+    call = Call(rule, "mixed")
     params, grads, state, rates = call.arguments(call.tensors)
-    numbers = (0.1, 0.9, 0.3, False, 0.2, False)
-    groups = (params, grads, state["momentum_buffer"], rates["lr"], rates["weight_decay"])
+    op = library._OPS[type(rule)]
+    groups = [params, grads, *((state or {}).get(name, []) for name in op.states), *rates.values()]
+    numbers = op.numbers(rule, call.step)
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.metafast.sgd_update.default, (*groups, *numbers), test_utils=tests)
-    for needed in ([True] * 5, [False, True, False, True, False]):
-        arguments = (grads, grads, *groups, *numbers, False, SHARED, needed)
-        torch.library.opcheck(torch.ops.metafast.sgd_update_vjp.default, arguments, test_utils=tests)
+    torch.library.opcheck(op.op().default, (*groups, *numbers), test_utils=tests)
+    rows = [p.expand_as(g).clone() for p, g in zip(params, grads, strict=True)]
+    torch.library.opcheck(op.op("_").default, (rows, *groups[1:], *numbers), test_utils=tests)
+    cotangents = [grads, *(grads if group else [] for group in groups[2:-2])]
+    first = [False] if isinstance(rule, SGD) else []
+    kept = [bool(group) for group in groups[2:-2]]
+    for needed in ([True, True, *kept, True, True], [False, True, *[False] * len(kept), True, False]):
+        arguments = (*cotangents, *groups, *numbers, *first, SHARED, needed)
+        torch.library.opcheck(op.op("_vjp").default, arguments, test_utils=tests)
 
 
 P, G = torch.ones(4), torch.ones(2, 4)
@@ -446,12 +588,33 @@ def test_bad_input_is_named(error: type[Exception], message: str, arguments: Any
         (ValueError, "weight_decay: expected a finite number of at least 0", {"lr": 0.1, "weight_decay": -1.0}),
         (TypeError, "nesterov: expected a bool, got int", {"lr": 0.1, "nesterov": 1}),
         (ValueError, "nesterov: expected momentum > 0", {"lr": 0.1, "nesterov": True}),
+        (TypeError, "learn: expected the name of a rate or a mapping", {"lr": 0.1, "learn": 3}),
+        (ValueError, "learn: expected names among lr, weight_decay, got 'eps'", {"lr": 0.1, "learn": "eps"}),
+        (ValueError, "learn.'lr'.: expected one of number, .*, got 'layer'", {"lr": 0.1, "learn": {"lr": "layer"}}),
+        (ValueError, "lr: expected more than 0", {"lr": 0, "learn": "lr", "learn_log": True}),
+        (ValueError, "learn_log: expected False", {"lr": 0.1, "learn_log": True}),
+        (TypeError, "learn_log: expected a bool, got int", {"lr": 0.1, "learn": "lr", "learn_log": 1}),
+        (ValueError, "clip_norm: expected a finite number above 0, got 0", {"lr": 0.1, "clip_norm": 0}),
+        (TypeError, "clip_value: expected a number, got str", {"lr": 0.1, "clip_value": "1"}),
         (ValueError, "nesterov: .* dampening == 0", {"lr": 0.1, "momentum": 0.9, "nesterov": True, "dampening": 0.1}),
     ],
 )
 def test_bad_rules_are_named(error: type[Exception], message: str, arguments: dict[str, Any]) -> None:
     with pytest.raises(error, match=message):
         SGD(**arguments)
+
+
+def test_learned_rates_are_described_uniformly() -> None:
+    assert SGD(0.1).learn == ()
+    assert SGD(0.1, learn="lr").learn == (("lr", "number"),)
+    rule = SGD(0.1, weight_decay=0.1, learn={"weight_decay": "tensor_step", "lr": "parameter"}, learn_log=True)
+    assert rule.learn == (("lr", "parameter"), ("weight_decay", "tensor_step"))
+    assert rule.learned == {"lr": "parameter", "weight_decay": "tensor_step"}
+    assert hash(rule) == hash(dataclasses.replace(rule)) == hash(dataclasses.replace(rule, learn=rule.learned))
+
+
+def test_rules_print_what_was_given() -> None:
+    assert str(SGD(0.1, momentum=0.9, clip_norm=1.0)) == "SGD(clip_norm=1.0, lr=0.1, momentum=0.9)"
 
 
 def test_rules_are_frozen() -> None:

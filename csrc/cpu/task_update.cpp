@@ -2,14 +2,14 @@
 // shared out among the threads, and a chunk goes through the rule in strips that stay in the first-level cache. The cut
 // depends on shapes alone, and sums are added in its order: results do not depend on the number of threads.
 
-#include "task_update.h"
+#include "task_update_ops.h"
 
 #include "cpu/capability.h"
 
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
-// Outputs do not overlap inputs. (`omp simd` says so too, but makes an array of all that the loop's body refers to.)
+// An output overlaps no input, or lies exactly on it. (`omp simd` says so too, but makes an array of all that the loop's body refers to.)
 #if defined(__clang__)
 #define METAFAST_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
 #elif defined(__GNUC__)
@@ -68,9 +68,9 @@ auto for_type(ScalarType type, const Function& function) {
   }
 }
 
-double scalar_value(const Input& in) {
+double scalar_value(const Input& in, int64_t at = 0) {
   if (in.from == From::number) return in.value;
-  return for_type(in.scalar_type, [&](auto zero) -> double { return *static_cast<const decltype(zero)*>(in.data); });
+  return for_type(in.scalar_type, [&](auto zero) -> double { return static_cast<const decltype(zero)*>(in.data)[at]; });
 }
 
 // Elements [begin, end) of every task of an item; what is summed over everything goes into totals, one an output.
@@ -102,8 +102,12 @@ METAFAST_ELEMENT void chunk(const typename Rule::Options& options, const Item<Ru
       if (item.out[o].keep == Keep::task_sum) std::fill_n(sums[o], n, C(0));
 
     for (int64_t task = 0; task < item.tasks; ++task) {
-      for (int i = 0; i < Rule::inputs; ++i)
+      for (int i = 0; i < Rule::inputs; ++i) {
         if (item.in[i].from == From::each_task) in[i] = load(source(i, task), loaded[i], n);
+        else if (item.in[i].from == From::task_scalar)
+          std::fill_n(loaded[i], n, static_cast<C>(scalar_value(item.in[i], task)));
+        else if (item.in[i].from == From::last_task) std::fill_n(loaded[i], n, C(task + 1 == item.tasks));
+      }
       for (int o = 0; o < Rule::outputs; ++o) {
         out[o] = made[o];
         if constexpr (std::is_same_v<C, Stored>)
@@ -211,8 +215,7 @@ struct Cpu {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(metafast, CPU, m) {
-  m.impl("sgd_update", TORCH_BOX(&sgd_update<Cpu>));
-  m.impl("sgd_update_vjp", TORCH_BOX(&sgd_update_vjp<Cpu>));
+  register_kernels<Cpu>(m);
 }
 
 }  // namespace metafast::task_update

@@ -3,7 +3,7 @@
 // one item through all its tasks: what the tasks share is read once, and what is summed over tasks is summed in order.
 // Totals are summed in a second launch, in the order of the blocks. Nothing is atomic: every run gives the same result.
 
-#include "task_update.h"
+#include "task_update_ops.h"
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/headeronly/util/BFloat16.h>
@@ -49,12 +49,12 @@ struct alignas(16) Pack {
   Stored value[lanes];
 };
 
-__device__ double load_scalar(const void* from, ScalarType type) {
+__device__ double load_scalar(const void* from, ScalarType type, int64_t at = 0) {
   switch (type) {
-    case ScalarType::Double: return *static_cast<const double*>(from);
-    case ScalarType::Float: return *static_cast<const float*>(from);
-    case ScalarType::BFloat16: return static_cast<float>(*static_cast<const c10::BFloat16*>(from));
-    default: return static_cast<float>(*static_cast<const c10::Half*>(from));
+    case ScalarType::Double: return static_cast<const double*>(from)[at];
+    case ScalarType::Float: return static_cast<const float*>(from)[at];
+    case ScalarType::BFloat16: return static_cast<float>(static_cast<const c10::BFloat16*>(from)[at]);
+    default: return static_cast<float>(static_cast<const c10::Half*>(from)[at]);
   }
 }
 
@@ -148,8 +148,15 @@ __global__ void __launch_bounds__(kThreads)
 
     for (int64_t task = 0; task < item.tasks; ++task) {
 #pragma unroll
-      for (int i = 0; i < Rule::inputs; ++i)
+      for (int i = 0; i < Rule::inputs; ++i) {
         if (item.from[i] == From::each_task) load(i, task);
+        if (item.from[i] != From::task_scalar && item.from[i] != From::last_task) continue;
+        const C value = item.from[i] == From::last_task
+                            ? C(task + 1 == item.tasks)
+                            : static_cast<C>(load_scalar(item.in[i], item.scalar_type[i], task));
+#pragma unroll
+        for (int lane = 0; lane < lanes; ++lane) in[lane][i] = value;
+      }
 #pragma unroll
       for (int lane = 0; lane < lanes; ++lane) Rule::element(rule, in[lane], out[lane]);
 #pragma unroll
@@ -319,8 +326,7 @@ struct Cuda {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(metafast, CUDA, m) {
-  m.impl("sgd_update", TORCH_BOX(&sgd_update<Cuda>));
-  m.impl("sgd_update_vjp", TORCH_BOX(&sgd_update_vjp<Cuda>));
+  register_kernels<Cuda>(m);
 }
 
 }  // namespace metafast::task_update

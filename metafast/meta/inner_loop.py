@@ -7,19 +7,36 @@ around one Hessian-vector product, and frees it. Both give the same gradient; me
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
-from torch.autograd import Function
+from torch import Tensor, nn
 
-from metafast.backend import requested_backend, use_backend
 from metafast.inner import Rule
-from metafast.meta.tasks import Params, TaskLosses
+from metafast.meta.checkpointed import checkpointed
+from metafast.meta.tasks import Params, micro_batches, support_at
 from metafast.ops.task_update import task_update
+
+
+class Losses(Protocol):
+    """The losses ``[T]`` and metrics of all tasks, as :class:`metafast.meta.tasks.TaskLosses` computes them."""
+
+    model: nn.Module
+
+    def __call__(self, own: Params, shared: Params, batch: Any) -> tuple[Tensor, dict[str, Tensor]]: ...
+
+
+class RatesAt(Protocol):
+    """The learned rates of a step, as ``task_update`` takes them."""
+
+    def __call__(self, step: int) -> dict[str, Any]: ...
+
+
+def no_rates(step: int) -> dict[str, Any]:
+    """All rates are numbers of the rule."""
+    return {}
 
 
 class Adapted(NamedTuple):
@@ -27,6 +44,23 @@ class Adapted(NamedTuple):
 
     params: Params
     losses: Tensor
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where the inner loop starts.
+
+    Args:
+        params: parameters to adapt, ``[*shape]``, at first the same for all tasks.
+        shared: other parameters, ``[*shape]``: the losses depend on them, no step changes them or copies them.
+        own: further parameters to adapt that every task has its own of already, ``[T, *shape]``.
+        rates: learned rates.
+    """
+
+    params: Params
+    shared: Params = field(default_factory=dict)
+    own: Params = field(default_factory=dict)
+    rates: RatesAt = no_rates
 
 
 @dataclass(frozen=True)
@@ -39,95 +73,104 @@ class InnerLoop:
         order: 2 keeps what the exact meta-gradient needs; 1 takes the inner gradients as constants (FOMAML, Finn et al.
             2017, section 5.2).
         checkpoint: rebuild each step's graph in the backward pass instead of keeping it.
+        micro_batches: into how many parts a step cuts the examples of its support sets, whose gradients it adds up.
     """
 
-    losses: TaskLosses
+    losses: Losses
     rule: Rule
     order: int = 2
     checkpoint: bool = False
+    micro_batches: int = 1
 
-    def __call__(self, params: Params, support: Any, tasks: int, steps: int) -> Adapted:
-        """Adapts ``tasks`` copies of ``params`` (``[*shape]``, by name) for ``steps`` steps on ``support``."""
-        names, values = list(params), list(params.values())
-        state: list[Tensor] = []
-        losses = []
-        for step in range(steps):
-            step_of = _Step(self, names, support, tasks, step)
-            if self.order == 2 and self.checkpoint:
-                outputs = _CheckpointedStep.apply(step_of, *values, *state)
-            else:
-                outputs = step_of([*values, *state], create_graph=self.order == 2)
-            values, state = list(outputs[: len(names)]), list(outputs[len(names) : -1])
-            losses.append(outputs[-1].detach())
-        if steps == 0:
-            values = [value.expand(tasks, *value.shape) for value in values]
-        return Adapted(dict(zip(names, values, strict=True)), torch.stack(losses) if losses else torch.empty(0, tasks))
+    def __call__(self, start: Start, support: Any, tasks: int, steps: int) -> Adapted:
+        """Adapts ``tasks`` copies of the parameters for ``steps`` steps on ``support``."""
+        params = self.unadapted(start, tasks)
+        losses: list[Tensor] = []
+        for after, step_losses in self.steps(start, support, tasks, steps):
+            params = after
+            losses.append(step_losses)
+        device = next(iter(params.values())).device
+        return Adapted(params, torch.stack(losses) if losses else torch.empty(0, tasks, device=device))
+
+    def steps(self, start: Start, support: Any, tasks: int, steps: int) -> Iterator[tuple[Params, Tensor]]:
+        """After each step, the parameters ``[T, *shape]``, and the support losses ``[T]`` before it, without a graph."""
+        params: Params = {**start.params, **start.own}
+        state: dict[str, Params] = {}
+        for number in range(steps):
+            step = _Step(self, support_at(support, number), tasks, number, frozenset(start.own))
+            inputs = (params, state, start.shared, start.rates(number))
+            params, state, losses = self.differentiable(step, inputs)
+            yield params, losses.detach()
+
+    def differentiable(self, function: Any, inputs: Any) -> Any:
+        """``function(inputs, create_graph)``, its graph kept or rebuilt."""
+        second = self.order == 2 and torch.is_grad_enabled()
+        if second and self.checkpoint:
+            return checkpointed(function, inputs, self.losses.model)
+        return function(inputs, create_graph=second)
+
+    @staticmethod
+    def unadapted(start: Start, tasks: int) -> Params:
+        """Every task's parameters before the first step: views."""
+        return {**{name: p.expand(tasks, *p.shape) for name, p in start.params.items()}, **start.own}
 
 
 @dataclass(frozen=True)
 class _Step:
-    """One step as a function of tensors alone: parameters and the rule's state in, the next ones and the losses out."""
+    """One step as a function of tensors alone: parameters, state and rates in, the next ones and the losses out."""
 
     loop: InnerLoop
-    names: list[str]
-    support: Any
+    batch: Any
     tasks: int
-    step: int
+    number: int
+    own: frozenset[str]
 
-    def __call__(self, tensors: Sequence[Tensor], create_graph: bool) -> tuple[Tensor, ...]:
-        count = len(self.names)
-        params, state = list(tensors[:count]), list(tensors[count:])
+    def __call__(
+        self, inputs: tuple[Params, dict[str, Params], Params, dict[str, Any]], create_graph: bool
+    ) -> tuple[Params, dict[str, Params], Tensor]:
+        params, state, shared, rates = inputs
         # The first step's parameters are shared: every task sees them, and has a gradient of its own, through a view.
-        at = [p.expand(self.tasks, *p.shape) for p in params] if self.step == 0 else params
+        at = {
+            name: p.expand(self.tasks, *p.shape) if self.number == 0 and name not in self.own else p
+            for name, p in params.items()
+        }
+        losses, grads = self._gradients((at, shared), create_graph)
+        params, state = task_update(self.loop.rule, params, grads, state or None, rates=rates or None, step=self.number)
+        return params, state, losses.detach()
+
+    def _gradients(self, at: tuple[Params, Params], create_graph: bool) -> tuple[Tensor, Params]:
+        if self.loop.micro_batches == 1:
+            return _Gradient(self.loop.losses, self.batch)(at, create_graph)
+        # Mean losses of parts, and their gradients, weighted by the examples in them, add up to those of the whole.
+        losses, grads = [], []
+        for share, part in micro_batches(self.batch, self.loop.micro_batches):
+            gradient = _Gradient(self.loop.losses, part)
+            if create_graph and self.loop.checkpoint:
+                part_losses, part_grads = checkpointed(gradient, at, self.loop.losses.model)
+            else:
+                part_losses, part_grads = gradient(at, create_graph)
+            losses.append(share * part_losses)
+            grads.append({name: share * grad for name, grad in part_grads.items()})
+        return torch.stack(losses).sum(0), {name: sum(part[name] for part in grads) for name in grads[0]}
+
+
+@dataclass(frozen=True)
+class _Gradient:
+    """Every task's loss and gradient on a batch."""
+
+    losses: Losses
+    batch: Any
+
+    def __call__(self, inputs: tuple[Params, Params], create_graph: bool) -> tuple[Tensor, Params]:
+        at, shared = inputs
+        if not create_graph:
+            shared = {name: p.detach() for name, p in shared.items()}
         if not torch.is_grad_enabled():
-            at = [p.detach().requires_grad_() for p in at]
+            at = {name: p.detach().requires_grad_() for name, p in at.items()}
         with torch.enable_grad():
-            losses, _ = self.loop.losses(dict(zip(self.names, at, strict=True)), self.support)
+            losses, _ = self.losses(at, shared, self.batch)
             # A parameter that the loss does not reach has the gradient 0, and stays.
             grads = torch.autograd.grad(
-                losses.sum(), at, create_graph=create_graph, allow_unused=True, materialize_grads=True
+                losses.sum(), list(at.values()), create_graph=create_graph, allow_unused=True, materialize_grads=True
             )
-        names = self.loop.rule.state_names if self.loop.rule.keeps_state else ()
-        before = {name: state[i * count : (i + 1) * count] for i, name in enumerate(names)} if state else None
-        params, after = task_update(self.loop.rule, params, list(grads), before, step=self.step)
-        return (*params, *(tensor for name in names for tensor in after[name]), losses)
-
-
-class _CheckpointedStep(Function):
-    """A step that keeps its inputs instead of its graph."""
-
-    @staticmethod
-    def forward(ctx: Any, step: _Step, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.step = step
-        ctx.surroundings = _Surroundings(tensors[0].device)
-        ctx.save_for_backward(*tensors)
-        outputs = step(tensors, create_graph=False)
-        losses = outputs[-1].detach()
-        ctx.mark_non_differentiable(losses)
-        return (*(output.detach() for output in outputs[:-1]), losses)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        inputs = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
-        with torch.enable_grad(), ctx.surroundings.replayed():
-            outputs = ctx.step(inputs, create_graph=True)[:-1]
-        return (None, *torch.autograd.grad(outputs, inputs, grads[:-1], allow_unused=True))
-
-
-class _Surroundings:
-    """What a step depends on besides its inputs: computed again, it takes the same backend and draws the same dropout."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._backend = requested_backend()
-        self._devices = [device] if device.type == "cuda" else []
-        self._cpu = torch.get_rng_state()
-        self._cuda = [torch.cuda.get_rng_state(d) for d in self._devices]
-
-    @contextlib.contextmanager
-    def replayed(self) -> Iterator[None]:
-        with torch.random.fork_rng(self._devices), use_backend(self._backend):
-            torch.set_rng_state(self._cpu)
-            for device, saved in zip(self._devices, self._cuda, strict=True):
-                torch.cuda.set_rng_state(saved, device)
-            yield
+        return losses.detach(), dict(zip(at, grads, strict=True))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Unpack
 
+import torch
 from torch import Tensor, nn
 
 from metafast.inner import Rule
-from metafast.meta.base import MetaLearner, count_query_tasks
-from metafast.meta.tasks import LossFn, count_tasks
+from metafast.meta.base import MetaLearner, Options, Run
+from metafast.meta.inner_loop import InnerLoop, Start
+from metafast.meta.tasks import LossFn, Params, TaskLosses
 
 
 class MAML(MetaLearner):
@@ -20,16 +23,9 @@ class MAML(MetaLearner):
     as constants.
 
     Args:
-        model: any module; it runs inside :func:`metafast.accelerate`.
-        loss_fn: ``loss_fn(model, batch)`` gives the scalar mean loss of one task, or that and a dict of metrics. It runs
-            under ``vmap`` where it can: ``batch`` comes without the task dimension.
-        inner: update rule of the inner loop, such as ``metafast.inner.SGD(lr=0.1)``.
-        steps: inner steps K.
-        order: 1 or 2.
-        checkpoint: for ``order=2``, rebuild each inner step's graph in the backward pass instead of keeping all: the
-            memory of one step for about a third more arithmetic; the same gradient.
-        task_batching: ``"vmap"``, ``"loop"`` (one task after another) or ``"auto"`` (vmap unless the model does not run
-            under it; the reason is logged).
+        model, loss_fn, inner, steps, order, options: as for :class:`metafast.meta.base.MetaLearner`.
+        step_weights: ``steps`` numbers w_k for the multi-step loss Σ_k w_k L_i(θ_i,k+1) of MAML++ (Antoniou, Edwards and
+            Storkey, ICLR 2019, section 4), the query loss after each step; None: after the last alone.
 
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.
@@ -44,22 +40,45 @@ class MAML(MetaLearner):
         inner: Rule,
         steps: int = 1,
         order: int = 2,
-        checkpoint: bool = False,
-        task_batching: str = "auto",
+        step_weights: Sequence[float] | None = None,
+        **options: Unpack[Options],
     ) -> None:
-        super().__init__(
-            model, loss_fn, inner=inner, steps=steps, order=order, checkpoint=checkpoint, task_batching=task_batching
-        )
+        super().__init__(model, loss_fn, inner=inner, steps=steps, order=order, **options)
+        if step_weights is not None and len(step_weights) != steps:
+            raise ValueError(f"step_weights: expected {steps} numbers, one a step, got {len(step_weights)}")
+        self.step_weights = None if step_weights is None else [float(weight) for weight in step_weights]
 
-    def forward(self, support: Any, query: Any) -> Tensor:
-        """The mean query loss after adaptation.
+    def _run(self, support: Any, query: Any, tasks: int) -> Run:
+        start = self._start(support)
+        loop = self._training_loop(start, support, tasks)
+        if self.step_weights is None or self.steps == 0:
+            adapted = loop(start, support, tasks, self.steps)
+            losses, metrics = self._losses(adapted.params, start.shared, query)
+            return Run(losses, adapted.losses, losses, metrics)
+        return self._multi_step(loop, start, support, query, tasks, self.step_weights)
 
-        Args:
-            support, query: pytrees of tensors whose first dimension is the task, the same number of tasks in both.
-        """
-        tasks = count_tasks(support, "support")
-        count_query_tasks(query, tasks)
-        adapted = self._adapt(support, tasks)
-        losses, metrics = self._losses(adapted.params, query)
-        self._record(adapted.losses, losses, metrics)
-        return losses.mean()
+    def _multi_step(
+        self, loop: InnerLoop, start: Start, support: Any, query: Any, tasks: int, weights: Sequence[float]
+    ) -> Run:
+        weighted, support_losses = [], []
+        losses, metrics = torch.empty(0), dict[str, Tensor]()
+        steps = loop.steps(start, support, tasks, self.steps)
+        for number, ((params, step_losses), weight) in enumerate(zip(steps, weights, strict=True)):
+            support_losses.append(step_losses)
+            if number == self.steps - 1:
+                losses, metrics = self._losses(params, start.shared, query)
+                weighted.append(weight * losses)
+            elif weight != 0:
+                # The graphs of these losses are kept or rebuilt as those of the steps are.
+                query_losses = _QueryLosses(self._losses, query)
+                weighted.append(weight * loop.differentiable(query_losses, (params, start.shared)))
+        return Run(torch.stack(weighted).sum(0), torch.stack(support_losses), losses, metrics)
+
+
+class _QueryLosses:
+    def __init__(self, losses: TaskLosses, query: Any) -> None:
+        self._losses = losses
+        self._query = query
+
+    def __call__(self, inputs: tuple[Params, Params], create_graph: bool) -> Tensor:
+        return self._losses(*inputs, self._query)[0]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
 
 from metafast.inner import Rule
-from metafast.meta.base import MetaLearner, count_query_tasks
-from metafast.meta.tasks import LossFn, count_tasks
+from metafast.meta.base import MetaLearner, Options, Run
+from metafast.meta.tasks import LossFn
+from metafast.meta.with_gradients import with_gradients
 
 
 class Reptile(MetaLearner):
@@ -20,41 +20,32 @@ class Reptile(MetaLearner):
     ``torch.optim.SGD(lr=ε)`` is the paper's own outer step θ ← θ + ε mean_i (θ_i' − θ), and any other optimizer works.
 
     Args:
-        model, loss_fn, inner, steps, task_batching: as for :class:`metafast.MAML`.
+        model, loss_fn, inner, steps, options: as for :class:`metafast.meta.base.MetaLearner`. Only adapted parameters
+            are learned, and no rates.
     """
 
     def __init__(
-        self, model: nn.Module, loss_fn: LossFn, *, inner: Rule, steps: int = 1, task_batching: str = "auto"
+        self, model: nn.Module, loss_fn: LossFn, *, inner: Rule, steps: int = 1, **options: Unpack[Options]
     ) -> None:
-        super().__init__(model, loss_fn, inner=inner, steps=steps, order=1, task_batching=task_batching)
+        if isinstance(inner, Rule) and inner.learn:
+            raise ValueError(f"inner: Reptile has no gradient for rates; expected none in learn, got {inner.learned}")
+        super().__init__(model, loss_fn, inner=inner, steps=steps, order=1, **options)
 
-    def forward(self, support: Any, query: Any = None) -> Tensor:
-        """The mean query loss after adaptation, or without ``query`` the mean support loss at the last inner step.
+    def forward(self, support: Any, query: Any = None, task_weights: Tensor | None = None) -> Tensor:
+        """The query loss after adaptation, or without ``query`` the support loss at the last inner step, over tasks.
 
         Either way the gradient is Reptile's: a query set is looked at, not learned from.
         """
-        tasks = count_tasks(support, "support")
-        if query is not None:
-            count_query_tasks(query, tasks)
-        params = self._adapted_params()
+        return super().forward(support, query, task_weights)
+
+    def _run(self, support: Any, query: Any, tasks: int) -> Run:
+        start = self._start(support)
         with torch.no_grad():
-            adapted = self._adapt(support, tasks)
-            losses, metrics = (None, {}) if query is None else self._losses(adapted.params, query)
-        self._record(adapted.losses, losses, metrics)
-        value = adapted.losses[-1] if losses is None and self.steps else losses
-        gradients = [params[name].detach() - adapted.params[name].detach().mean(0) for name in params]
-        return _WithGradients.apply(torch.zeros(()) if value is None else value.mean(), gradients, *params.values())
-
-
-class _WithGradients(Function):
-    """A value whose gradients by ``params`` are given numbers."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *params: Tensor) -> Tensor:
-        ctx.gradients = gradients
-        return value.clone()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, None, *(grad * gradient for gradient in ctx.gradients))
+            adapted = self._loop(order=1)(start, support, tasks, self.steps)
+            losses, metrics = (None, {}) if query is None else self._losses(adapted.params, start.shared, query)
+        values = losses
+        if values is None:
+            values = adapted.losses[-1] if self.steps else torch.zeros(tasks, device=self.device)
+        gradients = [start.params[name].detach() - adapted.params[name].detach() for name in start.params]
+        values = with_gradients(values, gradients, list(start.params.values()))
+        return Run(values, adapted.losses, losses, metrics)

@@ -1,9 +1,9 @@
-"""Batches of tasks, and the losses of all of them at once."""
+"""Batches of tasks, and functions of all of them at once."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,12 +12,53 @@ from torch.func import functional_call, vmap
 from torch.utils import _pytree as pytree
 
 from metafast.accelerate import accelerated_thread, replaced_names
+from metafast.meta.model_checkpoint import recomputed_with
+from metafast.meta.surroundings import Buffers
 
 logger = logging.getLogger("metafast")
 
 LossFn = Callable[[nn.Module, Any], Any]
 Params = dict[str, Tensor]
 TASK_BATCHING = ("auto", "vmap", "loop")
+
+
+class PerStep:
+    """A support set of its own for every inner step: ``meta(metafast.PerStep([batch_0, …, batch_K−1]), query)``.
+
+    Args:
+        batches: at least as many as there are inner steps, each as a support set is otherwise.
+
+    Raises:
+        ValueError: ``batches`` is empty.
+    """
+
+    def __init__(self, batches: Sequence[Any]) -> None:
+        self.batches = list(batches)
+        if not self.batches:
+            raise ValueError("batches: expected one a step, got none")
+
+    def __repr__(self) -> str:
+        return f"PerStep({self.batches!r})"
+
+
+# As a pytree, it is cut into chunks of tasks, converted and counted as any batch is.
+pytree.register_pytree_node(
+    PerStep,
+    lambda steps: (steps.batches, None),
+    lambda batches, _: PerStep(list(batches)),
+    serialized_type_name="metafast.PerStep",
+)
+
+
+def support_at(support: Any, step: int) -> Any:
+    """The support set of a step."""
+    return support.batches[step] if isinstance(support, PerStep) else support
+
+
+def check_support_steps(support: Any, steps: int) -> None:
+    """Raises ValueError where ``support`` ends before the inner steps do."""
+    if isinstance(support, PerStep) and len(support.batches) < steps:
+        raise ValueError(f"support: expected PerStep of at least {steps} batches, got {len(support.batches)}")
 
 
 def count_tasks(batch: Any, name: str) -> int:
@@ -46,6 +87,91 @@ def count_tasks(batch: Any, name: str) -> int:
     return tasks
 
 
+def select_tasks(batch: Any, index: Tensor | slice) -> Any:
+    """Some of the tasks of a batch."""
+    return pytree.tree_map(lambda leaf: leaf[index], batch)
+
+
+def micro_batches(batch: Any, count: int) -> list[tuple[float, Any]]:
+    """The examples of every task (second dimension) in at most ``count`` parts, each with its share of them.
+
+    Raises:
+        ValueError: a tensor has no second dimension, or these differ.
+    """
+    leaves, structure = pytree.tree_flatten(batch)
+    sizes = {leaf.shape[1] if leaf.ndim > 1 else 0 for leaf in leaves}
+    if len(sizes) > 1 or 0 in sizes:
+        raise ValueError(
+            "support: micro_batches cuts the second dimension of every tensor, the examples of a task; expected the same "
+            f"in all, got shapes {', '.join(str(tuple(leaf.shape)) for leaf in leaves)}"
+        )
+    (examples,) = sizes
+    parts = zip(*(leaf.tensor_split(min(count, examples), dim=1) for leaf in leaves), strict=True)
+    return [(part[0].shape[1] / examples, pytree.tree_unflatten(list(part), structure)) for part in parts]
+
+
+class TaskFunction:
+    """A module's outputs for every task at once, with parameters of each task's own, inside :func:`metafast.accelerate`.
+
+    Only the forward runs under ``vmap``. Derivatives are ordinary autograd on what it recorded, operations on whole task
+    batches: tasks share nothing, so the gradient of summed outputs holds each task's own.
+
+    Args:
+        module: any module; a call of it gives a pytree of tensors.
+        task_batching: ``"vmap"``, ``"loop"``, or ``"auto"``: vmap unless the module does not run under it.
+        prefix: of the names by which parameters are given.
+    """
+
+    def __init__(self, module: nn.Module, task_batching: str = "auto", prefix: str = "") -> None:
+        if task_batching not in TASK_BATCHING:
+            raise ValueError(
+                f"task_batching: expected one of {', '.join(map(repr, TASK_BATCHING))}, got {task_batching!r}"
+            )
+        self.module = module
+        self._batching = task_batching
+        self._prefix = prefix
+        self._names = replaced_names(module)
+
+    def __call__(self, own: Params, shared: Params, inputs: tuple[Any, ...]) -> Any:
+        """Outputs, task dimension first.
+
+        Args:
+            own: parameters (or buffers) ``[T, *shape]`` of each task.
+            shared: parameters ``[*shape]`` that stand in for the module's, the same for all tasks.
+            inputs: positional arguments, task dimension first.
+        """
+        with accelerated_thread(self._names):
+            if self._batching == "loop":
+                return self._loop(own, shared, inputs)
+            buffers = Buffers(self.module)
+            try:
+                return vmap(lambda own, inputs: self._one({**own, **shared}, inputs), randomness="different")(
+                    own, inputs
+                )
+            except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
+                if self._batching == "vmap":
+                    raise
+                buffers.restore()
+                # Whatever else is wrong with the model or the loss shows itself again, as an error of its own.
+                result = self._loop(own, shared, inputs)
+                logger.warning("tasks run one after another, since the model does not run under vmap: %s", error)
+                self._batching = "loop"
+                return result
+
+    def _one(self, params: Params, inputs: tuple[Any, ...]) -> Any:
+        params = {self._prefix + name: value for name, value in params.items()}
+        with recomputed_with(self.module, params, self._names):
+            return functional_call(self.module, params, inputs)
+
+    def _loop(self, own: Params, shared: Params, inputs: tuple[Any, ...]) -> Any:
+        leaves, structure = pytree.tree_flatten((own, inputs))
+        results = []
+        for task in zip(*(leaf.unbind(0) for leaf in leaves), strict=True):
+            params, arguments = pytree.tree_unflatten(list(task), structure)
+            results.append(self._one({**params, **shared}, arguments))
+        return pytree.tree_map(lambda *outputs: torch.stack(outputs), *results)
+
+
 class _Loss(nn.Module):
     """``loss_fn(model, batch)`` as a module, so that ``functional_call`` puts a task's parameters into the model itself."""
 
@@ -72,68 +198,35 @@ class _Loss(nn.Module):
 
 
 class TaskLosses:
-    """The loss of every task at parameters of its own, with the model inside :func:`metafast.accelerate`.
-
-    Only the forward runs under ``vmap``. Derivatives are ordinary autograd on what it recorded, operations on whole task
-    batches: tasks share nothing, so the gradient of the summed losses holds each task's own.
+    """The loss of every task at parameters of its own.
 
     Args:
         model: any module.
         loss_fn: ``loss_fn(model, batch)`` gives the scalar mean loss of one task, or that and a dict of metrics.
-        task_batching: ``"vmap"``, ``"loop"``, or ``"auto"``: vmap unless the model does not run under it.
+        task_batching: as for :class:`TaskFunction`.
     """
 
     def __init__(self, model: nn.Module, loss_fn: LossFn, task_batching: str = "auto") -> None:
-        if task_batching not in TASK_BATCHING:
-            raise ValueError(
-                f"task_batching: expected one of {', '.join(map(repr, TASK_BATCHING))}, got {task_batching!r}"
-            )
-        self._loss = _Loss(model, loss_fn)
-        self._batching = task_batching
-        self._names = replaced_names(model)
+        self.model = model
+        self._function = TaskFunction(_Loss(model, loss_fn), task_batching, prefix="model.")
 
-    def __call__(self, params: Params, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """Losses ``[T]`` and metrics ``[T, ...]`` at parameters ``[T, *shape]`` of the model's names."""
-        with accelerated_thread(self._names):
-            return self._batched(params, batch)
-
-    def _batched(self, params: Params, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        if self._batching == "loop":
-            return self._loop(params, batch)
-        try:
-            return vmap(self._one, randomness="different")(params, batch)
-        except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
-            if self._batching == "vmap":
-                raise
-            # Whatever else is wrong with the model or the loss shows itself again, as an error of its own.
-            result = self._loop(params, batch)
-            logger.warning("tasks run one after another, since the model does not run under vmap: %s", error)
-            self._batching = "loop"
-            return result
-
-    def _one(self, params: Params, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        return functional_call(self._loss, {f"model.{name}": value for name, value in params.items()}, (batch,))
-
-    def _loop(self, params: Params, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        leaves, structure = pytree.tree_flatten((params, batch))
-        results = [
-            self._one(*pytree.tree_unflatten(task, structure))
-            for task in zip(*(leaf.unbind(0) for leaf in leaves), strict=True)
-        ]
-        losses = torch.stack([loss for loss, _ in results])
-        return losses, {name: torch.stack([metrics[name] for _, metrics in results]) for name in results[0][1]}
+    def __call__(self, own: Params, shared: Params, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """Losses ``[T]`` and metrics ``[T, ...]`` at parameters ``[T, *shape]``, and ``[*shape]`` for all, by name."""
+        losses, metrics = self._function(own, shared, (batch,))
+        return losses, metrics
 
 
 class Learners:
     """The adapted models of a batch of tasks; ``learners(inputs)`` runs every task's on its own inputs.
 
     Attributes:
-        params: adapted parameters by name, ``[T, *shape]``, without a graph.
+        params: adapted parameters by name, ``[T, *shape]``, without a graph. All else is the model's own, not a copy.
     """
 
-    def __init__(self, model: nn.Module, params: Params) -> None:
+    def __init__(self, function: TaskFunction, params: Params, shared: Params) -> None:
         self.params = params
-        self._model = model
+        self._function = function
+        self._shared = shared
 
     def __call__(self, *inputs: Any) -> Any:
         """Outputs of every task's model, task dimension first; so are the inputs."""
@@ -141,7 +234,4 @@ class Learners:
         expected = next(iter(self.params.values())).shape[0] if self.params else tasks
         if tasks != expected:
             raise ValueError(f"inputs: expected {expected} tasks, as many as were adapted to, got {tasks}")
-        with accelerated_thread(replaced_names(self._model)):
-            return vmap(lambda params, args: functional_call(self._model, params, args), randomness="different")(
-                self.params, inputs
-            )
+        return self._function(self.params, self._shared, inputs)

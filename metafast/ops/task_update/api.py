@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from metafast.backend import resolve_backend
 from metafast.inner import Rule
-from metafast.ops.task_update import autograd, reference
-from metafast.ops.task_update.validation import Tensors, checked_groups, reasons_against_fused
+from metafast.ops.task_update import autograd, library, reference
+from metafast.ops.task_update.clipping import clipped
+from metafast.ops.task_update.validation import SomeTensors, Tensors, checked, reasons_against_fused
 
 __all__ = ["task_update"]
 
@@ -20,11 +22,12 @@ Container = TypeVar("Container", bound=Tensors)
 def task_update(
     rule: Rule,
     params: Container,
-    grads: Tensors,
-    state: Mapping[str, Tensors] | None = None,
+    grads: SomeTensors,
+    state: Mapping[str, SomeTensors] | None = None,
     *,
     rates: Mapping[str, Tensor | Tensors] | None = None,
     step: int = 0,
+    inplace: bool = False,
     backend: str | None = None,
 ) -> tuple[Container, dict[str, Container]]:
     """One step of an update rule for all parameters of T tasks, differentiable in every tensor that it takes.
@@ -36,12 +39,15 @@ def task_update(
         rule: one of :mod:`metafast.inner`.
         params: list, tuple or dict of tensors, each ``[T, *shape]`` or, the same for all tasks, ``[*shape]``; float32,
             float64, bfloat16 or float16 (computed in float32), on one device.
-        grads: a gradient ``[T, *shape]`` for each parameter tensor, in a container as ``params``, with its dtypes.
+        grads: a gradient ``[T, *shape]`` for each parameter tensor, in a container as ``params``, with its dtypes. None
+            in place of one freezes the parameter: it is handed on as it is, and so is its state.
         state: what the step before returned as its second result; None at the first step.
         rates: what replaces a number of the rule, by its name (``"lr"``, ``"weight_decay"``): a tensor without
             dimensions, of any of these dtypes; or a container as ``params`` of such tensors or of tensors ``[*shape]``,
             a rate for each single parameter, with the parameter's dtype.
         step: number of the step, from 0.
+        inplace: write the results over ``params`` and ``state``, which must then be ``[T, *shape]`` and require no
+            gradient, and return these. For first-order work: nothing is differentiable.
         backend: ``"auto"``, ``"fused"`` or ``"reference"``; see :mod:`metafast.backend`.
 
     Returns:
@@ -52,13 +58,48 @@ def task_update(
         TypeError, ValueError: an argument is not as above; the message names it.
         BackendUnavailableError: ``backend="fused"`` without a kernel for the device.
     """
-    groups = checked_groups(rule, params, grads, state, rates, step)
-    reasons = reasons_against_fused(groups[0][0].device)
-    resolved = resolve_backend("task_update", backend, reasons)
-    update = autograd.update if resolved == "fused" else reference.update
-    new_params, *states = update(rule, groups)
-    named = zip(rule.state_names, states, strict=True) if rule.keeps_state else ()
-    return _contained(new_params, params), {name: _contained(tensors, params) for name, tensors in named}
+    found = checked(rule, params, grads, state, rates, step, inplace)
+    reasons = reasons_against_fused(found.params[0].device)
+    fused = resolve_backend("task_update", backend, reasons) == "fused"
+    groups, names = found.groups, rule.state_names
+    if not groups[1]:  # all are frozen
+        results: tuple[list[Tensor], ...] = tuple([] for _ in range(1 + len(names)))
+    elif inplace:
+        with torch.no_grad():
+            results = _updated_in_place(rule, _with_clipped(rule, groups), step, fused)
+    else:
+        results = (autograd.update if fused else reference.update)(rule, _with_clipped(rule, groups), step)
+    if not all(found.updated):
+        before = [found.params, *(_values(state[name], params) if state else [None] * len(params) for name in names)]
+        results = tuple(_merged(new, old, found.updated) for new, old in zip(results, before, strict=True))
+    named = zip(names, results[1:], strict=True)
+    return _contained(results[0], params), {name: _contained(tensors, params) for name, tensors in named}
+
+
+def _with_clipped(rule: Rule, groups: tuple[list[Tensor], ...]) -> tuple[list[Tensor], ...]:
+    if rule.clip_norm is None and rule.clip_value is None:
+        return groups
+    return (groups[0], clipped(groups[1], rule.clip_norm, rule.clip_value), *groups[2:])
+
+
+def _updated_in_place(rule: Rule, groups: tuple[list[Tensor], ...], step: int, fused: bool) -> tuple[list[Tensor], ...]:
+    olds = (groups[0], *groups[2 : 2 + len(rule.state_names)])
+    if fused and all(tensor.is_contiguous() for old in olds for tensor in old):
+        return library.update_in_place(rule, groups, step)
+    news = (library if fused else reference).update(rule, groups, step)
+    for old, new in zip(olds, news, strict=True):
+        for target, tensor in zip(old, new if old else (), strict=True):
+            target.copy_(tensor)
+    return tuple(old or new for old, new in zip(olds, news, strict=True))
+
+
+def _merged(new: list[Tensor], old: Any, updated: list[bool]) -> list[Tensor]:
+    remaining = iter(new)
+    return [next(remaining) if is_new else before for is_new, before in zip(updated, old, strict=True)]
+
+
+def _values(tensors: Any, like: Any) -> list[Any]:
+    return [tensors[key] for key in like] if isinstance(like, Mapping) else list(tensors)
 
 
 def _contained(tensors: list[Tensor], like: Any) -> Any:

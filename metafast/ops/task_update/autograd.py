@@ -23,11 +23,14 @@ Group = Sequence[Tensor]
 Tensors = tuple[Tensor, ...]
 
 
-def update(rule: Rule, groups: Sequence[Group]) -> tuple[list[Tensor], ...]:
+def update(rule: Rule, groups: Sequence[Group], step: int) -> tuple[list[Tensor], ...]:
     """``library.update``, differentiable."""
+    if not _is_followed(groups):
+        return library.update(rule, groups, step)
     params, grads = groups[0], groups[1]
     layout = _Layout(
         rule=rule,
+        step=step,
         sizes=tuple(len(group) for group in groups),
         shared=tuple(param.dim() < grad.dim() for param, grad in zip(params, grads, strict=True)),
     )
@@ -35,37 +38,55 @@ def update(rule: Rule, groups: Sequence[Group]) -> tuple[list[Tensor], ...]:
     return layout.split_results(flat)
 
 
+def _is_followed(groups: Sequence[Group]) -> bool:
+    """Whether autograd or a transform of torch.func looks on; without them a Function is only overhead."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return True
+    if torch.autograd.forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(tensor.requires_grad for group in groups for tensor in group)
+
+
 @dataclass(frozen=True)
 class _Layout:
     """How the tensors of a call lie in the flat argument lists that autograd wants."""
 
     rule: Rule
+    step: int
     sizes: tuple[int, ...]  # of the groups: parameters, gradients, state by state, rate by rate
     shared: tuple[bool, ...]
 
     def split(self, flat: Sequence[Tensor]) -> tuple[list[Tensor], ...]:
         return _split(flat, self.sizes)
 
-    def split_results(self, flat: Sequence[Tensor]) -> tuple[list[Tensor], ...]:
-        states = len(self.shared) if self.rule.keeps_state else 0
-        return _split(flat, [len(self.shared), *(states for _ in self.rule.state_names)])
+    def tangents(self, kinds: Sequence[Any], given: Sequence[Tensor | None]) -> Tensors:
+        """Zeros for what is None, of parameters, gradients and states."""
+        found, count = [], len(kinds)
+        for i, tensor in enumerate(given):
+            shape, dtype, device = kinds[i % count]
+            shape = shape[1:] if i < count and self.shared[i] else shape
+            found.append(torch.zeros(shape, dtype=dtype, device=device) if tensor is None else tensor)
+        return tuple(found)
+
+    def split_results(self, flat: Sequence[Any]) -> tuple[list[Any], ...]:
+        return _split(flat, [len(self.shared)] * (1 + len(self.rule.state_names)))
 
     @property
     def results(self) -> int:
         """How many tensors the update returns."""
-        return len(self.shared) * (1 + len(self.rule.state_names) * self.rule.keeps_state)
+        return len(self.shared) * (1 + len(self.rule.state_names))
 
     @property
     def first(self) -> bool:
-        return self.sizes[2] == 0
+        return self.rule.keeps_state and self.sizes[2] == 0
 
     @property
     def linear(self) -> bool:
-        """Whether the update is linear in the tensors: every rate is a number."""
-        return not any(self.sizes[-len(self.rule.rate_names) :])
+        """Whether the update is linear in all its tensors: every rate is a number."""
+        return library.is_linear(self.rule) and not any(self.sizes[-len(self.rule.rate_names) :])
 
     def reference(self, *flat: Tensor) -> Tensors:
-        return _join(reference.update(self.rule, self.split(flat)))
+        return _join(reference.update(self.rule, self.split(flat), self.step))
 
     def reference_vjp(self, *flat: Tensor) -> Tensors:
         """Of the flat arguments of ``_Vjp``: cotangents, then the tensors of the update."""
@@ -76,7 +97,7 @@ class _Layout:
 class _Update(torch.autograd.Function):
     @staticmethod
     def forward(layout: _Layout, *flat: Tensor) -> Tensors:
-        return _join(library.update(layout.rule, layout.split(flat)))
+        return _join(library.update(layout.rule, layout.split(flat), layout.step))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
@@ -84,26 +105,33 @@ class _Update(torch.autograd.Function):
         if not ctx.layout.linear:
             ctx.save_for_backward(*flat)
             ctx.save_for_forward(*flat)
+        if ctx.layout.rule.keeps_state:
+            # Nothing follows the state of the last step: no zeros are made and read for its cotangents.
+            ctx.set_materialize_grads(False)
+            ctx.kinds = [(o.shape, o.dtype, o.device) for o in output[: len(ctx.layout.shared)]]
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:
         layout: _Layout = ctx.layout
         saved = () if layout.linear else ctx.saved_tensors
-        if torch.is_grad_enabled():
+        double = torch.is_grad_enabled()
+        cotangents = _materialized(layout, ctx.kinds, given, double) if layout.rule.keeps_state else given
+        if double:
             return None, *_Vjp.apply(layout, *cotangents, *saved)
         needed = [any(group) for group in layout.split(ctx.needs_input_grad[1:])]
-        products = _native_vjp(layout, cotangents, saved, needed)
+        products = _native_vjp(layout, layout.split_results(cotangents), saved, needed)
         padded: list[Tensor | None] = []
         for group, size in zip(products, layout.sizes, strict=True):
             padded += group if group else [None] * size
         return None, *padded
 
     @staticmethod
-    def jvp(ctx: Any, _: None, *tangents: Tensor) -> Tensors:
+    def jvp(ctx: Any, _: None, *given: Tensor | None) -> Tensors:
         layout: _Layout = ctx.layout
         if layout.linear:
-            return _Update.apply(layout, *tangents)
-        return _jvp(layout.reference, ctx.saved_tensors, tangents)
+            return _Update.apply(layout, *(layout.tangents(ctx.kinds, given) if layout.rule.keeps_state else given))
+        tangents = (torch.zeros_like(s) if t is None else t for t, s in zip(given, ctx.saved_tensors, strict=True))
+        return _jvp(layout.reference, ctx.saved_tensors, tuple(tangents))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], layout: _Layout, *flat: Tensor) -> tuple[Tensors, int]:
@@ -117,7 +145,13 @@ class _Vjp(torch.autograd.Function):
     @staticmethod
     def forward(layout: _Layout, *flat: Tensor) -> Tensors:
         count = layout.results
-        return _join(_native_vjp(layout, flat[:count], flat[count:], [size > 0 for size in layout.sizes]))
+        cotangents = layout.split_results(flat[:count])
+        products = _native_vjp(layout, cotangents, flat[count:], [size > 0 for size in layout.sizes])
+        if not layout.linear:
+            # An input that is saved cannot be an output too, but a view of it can.
+            to_params = zip(products[0], flat, strict=False)
+            products = ([p.view_as(p) if p is cotangent else p for p, cotangent in to_params], *products[1:])
+        return _join(products)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
@@ -145,9 +179,26 @@ class _Vjp(torch.autograd.Function):
         return _vmap(_Vjp, info.batch_size, in_dims[1:], layout, flat)
 
 
-def _native_vjp(layout: _Layout, cotangents: Tensors, saved: Tensors, needed: list[bool]) -> tuple[list[Tensor], ...]:
+def _materialized(
+    layout: _Layout, kinds: Sequence[Any], given: Sequence[Tensor | None], everything: bool
+) -> tuple[Tensor | None, ...]:
+    """Zeros for what is None: everywhere, or of groups of states only where another one is not None."""
+    found: list[Tensor | None] = []
+    for i, group in enumerate(_split(given, [len(kinds)] * (len(given) // len(kinds)))):
+        if i > 0 and not everything and all(tensor is None for tensor in group):
+            found += group
+            continue
+        for tensor, (shape, dtype, device) in zip(group, kinds, strict=True):
+            found.append(torch.zeros(shape, dtype=dtype, device=device) if tensor is None else tensor)
+    return tuple(found)
+
+
+def _native_vjp(
+    layout: _Layout, cotangents: Sequence[Sequence[Tensor | None]], saved: Tensors, needed: list[bool]
+) -> tuple[list[Tensor], ...]:
     groups = layout.split(saved) if saved else ([],) * len(layout.sizes)
-    return library.vjp(layout.rule, layout.split_results(cotangents), groups, layout.first, layout.shared, needed)
+    results: list[Any] = [[] if group and group[0] is None else group for group in cotangents]
+    return library.vjp(layout.rule, results, groups, layout.step, layout.first, layout.shared, needed)
 
 
 def _vjp(function: Callable[..., Tensors], primals: Tensors, cotangents: Tensors) -> Tensors:

@@ -1,0 +1,128 @@
+"""Peak memory of one second-order MAML step by the number of inner steps, each measurement in a fresh process.
+
+The bar: 20 steps of a 4-layer, 256-wide model, length 128, 10 support examples, one task; 5.2 GB with higher.
+On the CPU it is the process's highest resident size above the one before the step, on a GPU the allocator's.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import metafast
+from metafast.models import EncoderClassifier
+
+LR = 0.01
+WIDTH, LENGTH, LAYERS, SUPPORT, QUERY = 256, 128, 4, 10, 15
+STEPS = [5, 20]
+
+
+def loss_fn(model, batch):
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def ours(model, support, query, steps, checkpoint):
+    meta = metafast.MAML(
+        model, loss_fn, inner=metafast.inner.SGD(lr=LR), steps=steps, checkpoint=checkpoint, task_batching="vmap"
+    )
+    return torch.autograd.grad(meta(support, query), list(model.parameters()))
+
+
+def plain(model, support, query, steps):
+    with sdpa_kernel(SDPBackend.MATH):
+        params = dict(model.named_parameters())
+        for _ in range(steps):
+            loss = F.cross_entropy(functional_call(model, params, (support[0][0],)), support[1][0])
+            grads = torch.autograd.grad(loss, list(params.values()), create_graph=True)
+            params = {name: p - LR * g for (name, p), g in zip(params.items(), grads, strict=True)}
+        loss = F.cross_entropy(functional_call(model, params, (query[0][0],)), query[1][0])
+        return torch.autograd.grad(loss, list(model.parameters()))
+
+
+def higher(model, support, query, steps):
+    import higher as library
+
+    opt = torch.optim.SGD(model.parameters(), lr=LR)
+    with (
+        sdpa_kernel(SDPBackend.MATH),
+        library.innerloop_ctx(model, opt, copy_initial_weights=False) as (fmodel, diffopt),
+    ):
+        for _ in range(steps):
+            diffopt.step(F.cross_entropy(fmodel(support[0][0]), support[1][0]))
+        loss = F.cross_entropy(fmodel(query[0][0]), query[1][0])
+        return torch.autograd.grad(loss, list(model.parameters()))
+
+
+WAYS = {
+    "metafast, checkpointed": functools.partial(ours, checkpoint=True),
+    "metafast": functools.partial(ours, checkpoint=False),
+    "plain loop": plain,
+    "higher": higher,
+}
+
+
+def measured(what: str, steps: int, device: str) -> dict[str, float]:
+    """In this process: bytes above the baseline, and the meta-gradient's norm and one product, to compare."""
+    torch.manual_seed(0)
+    model = EncoderClassifier(5, width=WIDTH, layers=LAYERS, max_length=LENGTH).to(device)
+    batches = [
+        tuple(x.to(device) for x in (torch.randint(1, 256, (1, n, LENGTH)), torch.randint(0, 5, (1, n))))
+        for n in (SUPPORT, QUERY)
+    ]
+    direction = [torch.randn_like(p) for p in model.parameters()]
+    before = _peak(device)
+    grads = WAYS[what](model, *batches, steps)
+    peak = _peak(device) - before
+    return {
+        "peak": peak,
+        "norm": torch.stack([g.norm() for g in grads]).norm().item(),
+        "product": sum((g * d).sum().item() for g, d in zip(grads, direction, strict=True)),
+        "parameters": sum(p.numel() * p.element_size() for p in model.parameters()),
+    }
+
+
+def _peak(device: str) -> int:
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kibibytes * (1 if sys.platform == "darwin" else 1024)
+
+
+@functools.cache
+def in_a_fresh_process(what: str, steps: int, device: str) -> dict[str, float]:
+    command = [sys.executable, __file__, what, str(steps), device]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("what", WAYS)
+@pytest.mark.parametrize("steps", STEPS)
+def test_memory(what, steps, device, benchmark):
+    if what == "higher" and importlib.util.find_spec("higher") is None:
+        pytest.skip("higher is not installed")
+    benchmark.group = f"peak memory, {steps} steps"
+    found = benchmark.pedantic(in_a_fresh_process, (what, steps, device), rounds=1)
+    exact = in_a_fresh_process("plain loop", steps, device)
+    assert found["norm"] == pytest.approx(exact["norm"], rel=1e-3)
+    assert found["product"] == pytest.approx(exact["product"], rel=1e-3, abs=1e-3 * exact["norm"])
+    benchmark.extra_info["what"] = what
+    benchmark.extra_info["peak_bytes"] = found["peak"]
+    benchmark.extra_info["parameter_bytes"] = found["parameters"]
+    first = in_a_fresh_process(what, STEPS[0], device)["peak"]
+    if steps > STEPS[0]:
+        benchmark.extra_info["bytes_a_step"] = (found["peak"] - first) / (steps - STEPS[0])
+    benchmark.extra_info["memory_of_plain_loop"] = exact["peak"] / found["peak"]
+
+
+if __name__ == "__main__":
+    print(json.dumps(measured(sys.argv[1], int(sys.argv[2]), sys.argv[3])))

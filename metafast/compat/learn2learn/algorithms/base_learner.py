@@ -1,0 +1,29 @@
+"""What learners have in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from metafast.accelerate import Names, accelerated_thread, replaced_names
+
+
+class BaseLearner(nn.Module):
+    """A wrapped module, whose attributes are the learner's too, and which runs inside :func:`metafast.accelerate`."""
+
+    def __init__(self, module: nn.Module, names: Names | None = None) -> None:
+        super().__init__()
+        self.module = module
+        self._names = replaced_names(module) if names is None else names
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_modules"]["module"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's outputs."""
+        with accelerated_thread(self._names):
+            return self.module(*args, **kwargs)

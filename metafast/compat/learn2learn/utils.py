@@ -1,0 +1,118 @@
+"""Modules whose parameters are tensors with a graph."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from metafast.compat.rnn import refresh_flat_weights
+
+Module = TypeVar("Module", bound=nn.Module)
+Memo = dict[Any, Tensor]
+
+
+def clone_module(module: Module, memo: Memo | None = None) -> Module:
+    """A copy of a module with clones of its parameters: gradients of the copy's flow to the original's.
+
+    Submodules are copied; a parameter that is used in several places is cloned once. Buffers that require a gradient are
+    cloned; the others, running statistics say, are the original's.
+
+    Args:
+        module: what is cloned.
+        memo: clones made so far, by original.
+    """
+    if not isinstance(module, nn.Module):
+        return module
+    memo = {} if memo is None else memo
+    clone = module.__new__(type(module))
+    clone.__dict__ = module.__dict__.copy()
+    for name in ("_parameters", "_buffers", "_modules"):
+        clone.__dict__[name] = module.__dict__[name].copy()
+    # What takes a parameter's place has a graph: it is no Parameter.
+    clone._parameters.update({key: _cloned(p, memo) for key, p in module._parameters.items() if p is not None})
+    clone._buffers.update(
+        {key: _cloned(b, memo) for key, b in module._buffers.items() if b is not None and b.requires_grad}
+    )
+    for key, child in module._modules.items():
+        if child is not None:
+            clone._modules[key] = clone_module(child, memo)
+    refresh_flat_weights(clone)
+    return clone
+
+
+def detach_module(module: nn.Module, keep_requires_grad: bool = False) -> None:
+    """Cuts the parameters, and the buffers that require a gradient, of a cloned module off their graph, in place.
+
+    Args:
+        module: a clone.
+        keep_requires_grad: what required a gradient before does so after, as a leaf.
+    """
+    if not isinstance(module, nn.Module):
+        return
+    for param in module._parameters.values():
+        if param is not None:
+            _detach(param, keep_requires_grad)
+    for buffer in module._buffers.values():
+        if buffer is not None and buffer.requires_grad:
+            _detach(buffer, keep_requires_grad)
+    for child in module._modules.values():
+        if child is not None:
+            detach_module(child, keep_requires_grad)
+
+
+def update_module(module: Module, updates: Sequence[Tensor | None] | None = None, memo: Memo | None = None) -> Module:
+    """Puts p + u in the place of every parameter p of a module, differentiably.
+
+    Args:
+        module: is changed; its tensors are not.
+        updates: one a parameter; None: what their attributes ``update`` hold, if anything.
+        memo: what takes a tensor's place, by that tensor; grows.
+
+    Returns:
+        ``module``.
+    """
+    memo = {} if memo is None else memo
+    if updates is not None:
+        params = list(module.parameters())
+        check_lengths("update_module", "updates", len(params), len(updates))
+        for param, update in zip(params, updates, strict=False):
+            param.update = update  # type: ignore[attr-defined]
+    places: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+    for tensors in places:
+        for key, tensor in tensors.items():
+            if tensor is None:
+                continue
+            if tensor not in memo:
+                update = getattr(tensor, "update", None)
+                if update is None:
+                    continue
+                tensor.update = None
+                memo[tensor] = tensor + update
+            tensors[key] = memo[tensor]
+    for child in module._modules.values():
+        if child is not None:
+            update_module(child, memo=memo)
+    refresh_flat_weights(module)
+    return module
+
+
+def check_lengths(function: str, what: str, params: int, found: int) -> None:
+    """Warns where there are not as many gradients or updates as parameters; the rest is left as it is."""
+    if params != found:
+        warnings.warn(f"{function}(): expected {params} {what}, one a parameter, got {found}", stacklevel=3)
+
+
+def _cloned(tensor: Tensor, memo: Memo) -> Any:
+    if tensor not in memo:
+        memo[tensor] = tensor.clone()
+    return memo[tensor]
+
+
+def _detach(tensor: Tensor, keep_requires_grad: bool) -> None:
+    required = tensor.requires_grad
+    tensor.detach_()
+    # Of a leaf, detach_ leaves the flag as it is.
+    tensor.requires_grad_(required and keep_requires_grad)

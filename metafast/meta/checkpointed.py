@@ -1,0 +1,74 @@
+"""A function that keeps its inputs instead of its graph, and can be differentiated twice while it is rebuilt."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.utils import _pytree as pytree
+
+from metafast.meta.surroundings import Surroundings
+
+
+class Rebuildable(Protocol):
+    """``function(inputs, create_graph)``: pytrees of tensors in and out, with a graph or without."""
+
+    def __call__(self, inputs: Any, create_graph: bool) -> Any: ...
+
+
+def checkpointed(function: Rebuildable, inputs: Any, model: nn.Module) -> Any:
+    """``function(inputs)``, whose graph is built in the backward pass, used once and freed.
+
+    Args:
+        function: may depend on the random state, the backend, autocast and the buffers of ``model``; no tensor that
+            needs a gradient reaches it but through ``inputs``.
+        inputs: pytree of tensors.
+        model: whose buffers ``function`` reads and updates.
+    """
+    tensors, structure = pytree.tree_flatten(inputs)
+    call = _Call(function, structure, model)
+    outputs = _Checkpointed.apply(call, *tensors)
+    assert call.outputs is not None
+    return pytree.tree_unflatten(list(outputs), call.outputs)
+
+
+class _Call:
+    def __init__(self, function: Rebuildable, structure: pytree.TreeSpec, model: nn.Module) -> None:
+        self.function = function
+        self.structure = structure
+        self.model = model
+        self.outputs: pytree.TreeSpec | None = None
+
+    def __call__(self, tensors: list[Tensor], create_graph: bool) -> list[Tensor]:
+        inputs = pytree.tree_unflatten(tensors, self.structure)
+        outputs, self.outputs = pytree.tree_flatten(self.function(inputs, create_graph))
+        return outputs
+
+
+class _Checkpointed(Function):
+    @staticmethod
+    def forward(ctx: Any, call: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.call = call
+        ctx.surroundings = Surroundings(tensors[0].device, call.model)
+        ctx.save_for_backward(*tensors)
+        outputs = tuple(output.detach() for output in call(list(tensors), create_graph=False))
+        ctx.surroundings.computed()
+        return outputs
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = ctx.needs_input_grad[1:]
+        inputs = [t.detach().requires_grad_(want) for t, want in zip(ctx.saved_tensors, wanted, strict=True)]
+        with torch.enable_grad(), ctx.surroundings.replayed():
+            outputs = ctx.call(inputs, create_graph=True)
+        reached = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
+        leaves = [tensor for tensor in inputs if tensor.requires_grad]
+        grads = iter(
+            torch.autograd.grad([o for o, _ in reached], leaves, [c for _, c in reached], allow_unused=True)
+            if reached
+            else [None] * len(leaves)
+        )
+        return (None, *(next(grads) if want else None for want in wanted))

@@ -1,0 +1,32 @@
+"""Values whose gradients were computed already."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+
+def with_gradients(values: Tensor, gradients: list[Tensor], params: list[Tensor]) -> Tensor:
+    """``values`` as a function of ``params`` with given derivatives.
+
+    Args:
+        values: of any shape, ``[]`` or ``[T]``.
+        gradients: for each of ``params`` the derivatives of all values, ``[*values.shape, *param.shape]``.
+        params: what gets the gradients.
+    """
+    return _WithGradients.apply(values.detach(), gradients, *params)
+
+
+class _WithGradients(Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, gradients: list[Tensor], *params: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return values.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, None, *(torch.tensordot(grad.to(g.dtype), g, grad.ndim) for g in ctx.gradients))
