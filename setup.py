@@ -67,7 +67,8 @@ def extension(cuda: bool) -> CppExtension:
         define_macros=definitions,
         extra_compile_args=arguments,
         extra_link_args=link,
-        depends=[str(header.relative_to(root)) for header in (root / "csrc").rglob("*.h")],
+        # All of csrc, so that a source distribution made on a machine without CUDA has the CUDA half too.
+        depends=sorted(str(file.relative_to(root)) for file in (root / "csrc").rglob("*.*") if file.suffix != ".pyc"),
     )
 
 

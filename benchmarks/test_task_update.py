@@ -1,4 +1,4 @@
-"""SGD for all parameters of all tasks, forward and with its vector-Jacobian product, against eager torch and foreach."""
+"""Update rules for all parameters of all tasks, forward and with their products, against eager torch and foreach."""
 
 from __future__ import annotations
 
@@ -73,3 +73,66 @@ def test_sgd_with_momentum_and_decay_and_its_derivative(name, baseline, measure,
     for found, expected in zip(step(ours), step(baseline), strict=True):
         assert relative_error(found, expected) < 1e-6
     measure(f"fused / {baseline.__name__}", lambda: step(ours), baseline.__name__, lambda: step(baseline), rounds=5)
+
+
+ADAM = inner.Adam(lr=0.01)
+
+
+def eager_adam(params, grads, averages, squares):
+    """torch.optim.Adam's formula at its second step, differentiable."""
+    m = [0.9 * a + 0.1 * g for a, g in zip(averages, grads, strict=True)]
+    v = [0.999 * s + 0.001 * g * g for s, g in zip(squares, grads, strict=True)]
+    c1, c2 = 1 - 0.9**2, 1 - 0.999**2
+    return [p - 0.01 * (a / c1) / ((s / c2).sqrt() + 1e-8) for p, a, s in zip(params, m, v, strict=True)], m, v
+
+
+def torchopt_adam(params, grads, averages, squares):
+    torchopt = pytest.importorskip("torchopt", reason="TorchOpt is not installed")
+    optimizer = torchopt.adam(lr=0.01)
+    state = optimizer.init(params)
+    moments = state[0]._replace(mu=averages, nu=squares, count=[torch.ones((), dtype=torch.int64) for _ in params])
+    updates, after = optimizer.update(grads, (moments, *state[1:]), inplace=False)
+    return torchopt.apply_updates(params, updates, inplace=False), list(after[0].mu), list(after[0].nu)
+
+
+def our_adam(params, grads, averages, squares):
+    new, state = task_update(ADAM, params, grads, {"exp_avg": averages, "exp_avg_sq": squares}, step=1, backend="fused")
+    return new, state["exp_avg"], state["exp_avg_sq"]
+
+
+@pytest.mark.parametrize("baseline", [eager_adam, torchopt_adam], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("name", SHAPES)
+def test_adam_and_its_derivative(name, baseline, measure, device, benchmark):
+    benchmark.group = f"Adam, forward + VJP, {name}"
+    groups = [SHAPES[name](device) for _ in range(4)]
+    groups[3] = [x.square() + 0.1 for x in groups[3]]
+    inputs = [x.requires_grad_() for group in groups for x in group]
+    cotangents = [torch.randn_like(x) for x in groups[0] * 3]
+
+    def step(update):
+        return torch.autograd.grad([x for group in update(*groups) for x in group], inputs, cotangents)
+
+    for found, expected in zip(step(our_adam), step(baseline), strict=True):
+        assert relative_error(found, expected) < 1e-5
+    measure(f"fused / {baseline.__name__}", lambda: step(our_adam), baseline.__name__, lambda: step(baseline), rounds=3)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_meta_sgd_and_its_derivative(name, measure, device, benchmark):
+    benchmark.group = f"Meta-SGD, forward + VJP, {name}"
+    params, grads = ([x.requires_grad_() for x in SHAPES[name](device)] for _ in range(2))
+    rates = [x[0].detach().abs().requires_grad_() for x in SHAPES[name](device)]
+    cotangents, inputs = [torch.randn_like(x) for x in params], [*params, *grads, *rates]
+
+    def ours():
+        return torch.autograd.grad(
+            task_update(PLAIN, params, grads, rates={"lr": rates}, backend="fused")[0], inputs, cotangents
+        )
+
+    def eager():
+        new = [p - r * g for p, g, r in zip(params, grads, rates, strict=True)]
+        return torch.autograd.grad(new, inputs, cotangents)
+
+    for found, expected in zip(ours(), eager(), strict=True):
+        assert relative_error(found, expected) < 1e-5
+    measure("fused / eager", ours, "eager", eager, rounds=3)

@@ -1,4 +1,4 @@
-"""The compiled extension: importing it registers the kernels with torch's dispatcher."""
+"""The compiled extension: importing it registers the kernels with torch's dispatcher."""  # noqa: N999
 
 from typing import TypedDict
 

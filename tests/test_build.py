@@ -1,4 +1,4 @@
-"""What a build says about itself, and what goes into a source distribution."""
+"""What a build says about itself."""
 
 from __future__ import annotations
 
