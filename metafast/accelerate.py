@@ -19,12 +19,16 @@ import torch
 from torch import Tensor, nn
 
 from metafast.ops.attention import scaled_dot_product_attention
+from metafast.ops.gelu import gelu
+from metafast.ops.layer_norm import layer_norm
 from metafast.ops.linear import linear
 
 __all__ = ["Acceleration", "accelerate"]
 
 _torch_attention = torch.nn.functional.scaled_dot_product_attention
 _torch_linear = torch.nn.functional.linear
+_torch_gelu = torch.nn.functional.gelu
+_torch_layer_norm = torch.nn.functional.layer_norm
 _lock = threading.Lock()
 # Where a name is replaced -> how many users want it so.
 _users: dict[tuple[str, str, Callable[..., Tensor]], int] = {}
@@ -40,22 +44,41 @@ _depth = _Depth()
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    # Tensor subclasses (nested, distributed, user-defined) bring their own attention with torch's function.
-    if _depth.value == 0 or query.is_nested or torch.overrides.has_torch_function((query, key, value)):
+    if _is_torchs(query, key, value):
         return _torch_attention(query, key, value, *args, **kwargs)
     return scaled_dot_product_attention(query, key, value, *args, **kwargs)
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if _depth.value == 0 or input.is_nested or torch.overrides.has_torch_function((input, weight)):
+    if _is_torchs(input, weight):
         return _torch_linear(input, weight, bias)
     return linear(input, weight, bias)
+
+
+def _gelu(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    if _is_torchs(input):
+        return _torch_gelu(input, *args, **kwargs)
+    return gelu(input, *args, **kwargs)
+
+
+def _layer_norm(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    if _is_torchs(input):
+        return _torch_layer_norm(input, *args, **kwargs)
+    return layer_norm(input, *args, **kwargs)
+
+
+def _is_torchs(*tensors: Tensor) -> bool:
+    """Whether nobody asked for acceleration here, or the tensors are of a subclass (nested, distributed, user-defined),
+    which brings its own meaning of torch's functions."""
+    return _depth.value == 0 or tensors[0].is_nested or torch.overrides.has_torch_function(tensors)
 
 
 # Torch's functions, and what stands in for them; by identity, since builtins of the same name are equal to nothing else.
 _REPLACEMENTS: dict[Callable[..., Tensor], Callable[..., Tensor]] = {
     _torch_attention: _attention,
     _torch_linear: _linear,
+    _torch_gelu: _gelu,
+    _torch_layer_norm: _layer_norm,
 }
 _ORIGINALS = {replacement: original for original, replacement in _REPLACEMENTS.items()}
 

@@ -10,17 +10,7 @@
 namespace metafast {
 namespace {
 
-#define REAL float
-namespace single {
-#include "cpu/variants.inl"
-}
-#undef REAL
-
-#define REAL double
-namespace precise {
-#include "cpu/variants.inl"
-}
-#undef REAL
+#include "cpu/both_types.inl"
 
 }  // namespace
 

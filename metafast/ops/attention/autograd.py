@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from metafast.ops.attention.library import load_kernels
-from metafast.ops.functions import with_signature
+from metafast.ops.functions import all_batched, batched, with_signature
 
 _ops = torch.ops.metafast
 
@@ -89,7 +89,7 @@ class Attention(Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-        return Attention.apply(*_batched(info, in_dims, inputs, masks=(3,))), (0, 0)
+        return Attention.apply(*batched(info, in_dims, inputs, unexpanded=(3,))), (0, 0)
 
 
 @with_signature
@@ -150,7 +150,7 @@ class AttentionBackward(Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        return _all_batched(AttentionBackward.apply(*_batched(info, in_dims, inputs, masks=_unless(inputs[-1], 6))))
+        return all_batched(AttentionBackward.apply(*batched(info, in_dims, inputs, unexpanded=_unless(inputs[-1], 6))))
 
 
 @with_signature
@@ -212,7 +212,7 @@ class AttentionJvp(Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
-        return AttentionJvp.apply(*_batched(info, in_dims, inputs, masks=(8, 9))), 0
+        return AttentionJvp.apply(*batched(info, in_dims, inputs, unexpanded=(8, 9))), 0
 
 
 @with_signature
@@ -260,8 +260,8 @@ class AttentionBackwardJvp(Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        batched = _batched(info, in_dims, inputs, masks=_unless(inputs[-1], 9, 11))
-        return _all_batched(AttentionBackwardJvp.apply(*batched))
+        arguments = batched(info, in_dims, inputs, unexpanded=_unless(inputs[-1], 9, 11))
+        return all_batched(AttentionBackwardJvp.apply(*arguments))
 
 
 def _raise_third_order() -> NoReturn:
@@ -282,26 +282,3 @@ def _of_additive(attn_mask: Tensor | None, tangent: Tensor | None) -> Tensor | N
 def _unless(by_mask: bool, *masks: int) -> tuple[int, ...]:
     """Where masks are among the inputs, unless their gradients are returned and need the batch dimension in full."""
     return () if by_mask else masks
-
-
-def _batched(info: Any, in_dims: tuple[int | None, ...], inputs: tuple[Any, ...], masks: tuple[int, ...]) -> list[Any]:
-    """The inputs with vmap's dimension first: one more leading dimension, which the kernels take in any number.
-
-    Those at the positions ``masks`` get a dimension of 1 if all of them are the same for the whole batch.
-    """
-    if any(in_dims[position] is not None for position in masks):
-        masks = ()
-    return [
-        value
-        if not isinstance(value, Tensor)
-        else value.movedim(dim, 0)
-        if dim is not None
-        else value[None]
-        if position in masks
-        else value.expand(info.batch_size, *value.shape)
-        for position, (value, dim) in enumerate(zip(inputs, in_dims, strict=True))
-    ]
-
-
-def _all_batched(outputs: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    return outputs, (0,) * len(outputs)

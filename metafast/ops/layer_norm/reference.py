@@ -1,0 +1,67 @@
+"""Layer normalisation and its derivatives in plain PyTorch, differentiable to any order; formulas in README.md.
+
+``input`` is ``[*tasks, *, C]``; ``weight`` and ``bias`` are ``[*tasks, C]`` with as many leading dimensions as there are
+kinds of tasks, none for a single one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def forward(input: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    normal, _ = _normalised(input, eps)
+    return normal * beside(weight, input) + beside(bias, input)
+
+
+def backward(grad: Tensor, input: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients by input, weight and bias."""
+    normal, rstd = _normalised(input, eps)
+    return _input_gradient(grad * beside(weight, input), normal, rstd), _sum(grad * normal, weight), _sum(grad, weight)
+
+
+def jvp(
+    input: Tensor, weight: Tensor, eps: float, tangent_input: Tensor, tangent_weight: Tensor, tangent_bias: Tensor
+) -> Tensor:
+    """The tangent of the output."""
+    normal, rstd = _normalised(input, eps)
+    tangent_normal = _input_gradient(tangent_input, normal, rstd)
+    scaled = tangent_normal * beside(weight, input) + normal * beside(tangent_weight, input)
+    return scaled + beside(tangent_bias, input)
+
+
+def backward_jvp(
+    grad: Tensor, input: Tensor, weight: Tensor, eps: float, tangent_input: Tensor, tangent_weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Tangents of the gradients by input and weight, with ``grad`` held fixed."""
+    normal, rstd = _normalised(input, eps)
+    tangent_normal = _input_gradient(tangent_input, normal, rstd)
+    weighted, tangent_weighted = grad * beside(weight, input), grad * beside(tangent_weight, input)
+    share = _mean(tangent_weighted * normal) + _mean(weighted * tangent_normal)
+    inner = tangent_weighted - _mean(tangent_weighted) - tangent_normal * _mean(weighted * normal) - normal * share
+    by_input = rstd * inner - rstd * _mean(tangent_input * normal) * _input_gradient(weighted, normal, rstd)
+    return by_input, _sum(grad * tangent_normal, weight)
+
+
+def beside(weight: Tensor, input: Tensor) -> Tensor:
+    """A weight of each task, broadcast over the task's rows."""
+    return weight.reshape(*weight.shape[:-1], *(1,) * (input.ndim - weight.ndim), weight.shape[-1])
+
+
+def _normalised(input: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    rstd = torch.rsqrt(input.var(-1, unbiased=False, keepdim=True) + eps)
+    return (input - _mean(input)) * rstd, rstd
+
+
+def _input_gradient(weighted: Tensor, normal: Tensor, rstd: Tensor) -> Tensor:
+    return rstd * (weighted - _mean(weighted) - normal * _mean(weighted * normal))
+
+
+def _mean(x: Tensor) -> Tensor:
+    return x.mean(-1, keepdim=True)
+
+
+def _sum(x: Tensor, weight: Tensor) -> Tensor:
+    rows = range(weight.ndim - 1, x.ndim - 1)
+    return x.sum(tuple(rows)) if rows else x
