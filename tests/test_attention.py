@@ -42,9 +42,7 @@ def math_attention(query, key, value, attn_mask=None, is_causal=False, window_si
         return F.scaled_dot_product_attention(query, key, value, attn_mask, **options)
 
 
-@pytest.mark.parametrize(
-    "case", [case for case in ATTENTION_CASES if case.dropout_p == 0], ids=lambda case: case.name
-)
+@pytest.mark.parametrize("case", [case for case in ATTENTION_CASES if case.dropout_p == 0], ids=lambda case: case.name)
 def test_reference_is_torchs_attention(case: AttentionCase, generator: torch.Generator) -> None:
     inputs = case.inputs(torch.float64, generator)
     expected = second_order(math_attention, inputs)

@@ -76,7 +76,12 @@ class Attention(Function):
 
     @staticmethod
     def jvp(
-        ctx: Any, tangent_query: Tensor, tangent_key: Tensor, tangent_value: Tensor, tangent_mask: Tensor | None, *_: Any
+        ctx: Any,
+        tangent_query: Tensor,
+        tangent_key: Tensor,
+        tangent_value: Tensor,
+        tangent_mask: Tensor | None,
+        *_: Any,
     ) -> tuple[Tensor, None]:
         *saved, attn_mask, seeds = ctx.saved_tensors
         tangents = (tangent_query, tangent_key, tangent_value, _of_additive(attn_mask, tangent_mask))

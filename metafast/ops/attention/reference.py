@@ -97,6 +97,11 @@ def _philox(counter: tuple[Tensor | int, ...], key: tuple[Tensor, Tensor]) -> tu
     for _ in range(_ROUNDS):
         # A product of two words fills 64 bits: as int64 it wraps, and keeps its bits.
         first, second = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = (second >> 32) & _WORD ^ c1 ^ k0, second & _WORD, (first >> 32) & _WORD ^ c3 ^ k1, first & _WORD
+        c0, c1, c2, c3 = (
+            (second >> 32) & _WORD ^ c1 ^ k0,
+            second & _WORD,
+            (first >> 32) & _WORD ^ c3 ^ k1,
+            first & _WORD,
+        )
         k0, k1 = (k0 + _KEY_STEPS[0]) & _WORD, (k1 + _KEY_STEPS[1]) & _WORD
     return c0, c1, c2, c3  # type: ignore[return-value]

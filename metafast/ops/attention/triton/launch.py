@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import triton
 from torch import Tensor
 
-from metafast.ops.attention.triton.common import Mask, Matrix
-from metafast.ops.attention.triton.config import choose_config
+from metafast.ops.attention.triton.common import Dropout, Mask, Matrix, Window
+from metafast.ops.attention.triton.config import Config, choose_config
 
 # Offsets inside a tile are computed in 32 bits: larger strides between rows would overflow in a tile of 128 rows.
 LARGEST_ROW_STRIDE = 2**23
@@ -35,22 +36,37 @@ class Device:
 executor: ContextVar[Device] = ContextVar("executor", default=Device())  # noqa: B039 - it has no state
 
 
+# attn_mask, seeds, left, right, dropout_p, scale: see the package.
+Options = tuple[Tensor | None, Tensor | None, int, int, float, float]
+_LAST_WORD = 2**32 - 1
+
+
 class Problem:
-    """One call of attention: its sizes, its mask, and how its tensors are flattened to ``[batch, head, row, column]``.
+    """One call of attention: its sizes, its options, and how its tensors are flattened to ``[batch, head, row, column]``.
 
     Args: as of the raw ops (see the package).
     """
 
-    def __init__(
-        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float
-    ) -> None:
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor, *options: Unpack[Options]) -> None:
+        attn_mask, seeds, left, right, dropout_p, scale = options
         *self.lead, self.heads, self.n_queries, self.head_dim = query.shape
         self.kv_heads, self.n_keys, self.value_dim = value.shape[-3:]
+        self.head_block, self.value_block = (
+            max(16, triton.next_power_of_2(width)) for width in (self.head_dim, self.value_dim)
+        )
         self.batches = math.prod(self.lead)
         self.dtype, self.device = query.dtype, query.device
-        self.scale, self.is_causal = float(scale), bool(is_causal)
-        self.mask = None if attn_mask is None else self._mask(attn_mask)
-        self.mask_kind = "none" if attn_mask is None else "boolean" if attn_mask.dtype == torch.bool else "additive"
+        self.scale = float(scale)
+        self.mask = self.describe_mask(attn_mask)
+        # A side that limits nothing is none: the kernels have no code for it.
+        self.window = Window(
+            left if 0 <= left < self.n_queries - 1 else None, right if 0 <= right < self.n_keys - 1 else None
+        )
+        self.dropout = None
+        if seeds is not None:
+            threshold = min(round(dropout_p * 2**32), _LAST_WORD)
+            factor = 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else math.inf
+            self.dropout = Dropout(seeds.reshape(-1).contiguous(), threshold, factor)
 
     def flatten(self, tensor: Tensor) -> Tensor:
         """``[*lead, heads, rows, columns]`` as ``[batch, heads, rows, columns]``; copied if kernels cannot read it."""
@@ -62,60 +78,63 @@ class Problem:
     def unflatten(self, tensor: Tensor) -> Tensor:
         return tensor.view(*self.lead, *tensor.shape[1:])
 
-    def empty_statistic(self) -> Tensor:
-        """One float32 a query: ``[*lead, heads, n_queries]``."""
-        return torch.empty(*self.lead, self.heads, self.n_queries, dtype=torch.float32, device=self.device)
+    def empty_statistic(self, *numbers: int) -> Tensor:
+        """One float32 a query, or several: ``[*lead, heads, n_queries, *numbers]``."""
+        return torch.empty(*self.lead, self.heads, self.n_queries, *numbers, dtype=torch.float32, device=self.device)
 
-    def launch(self, kernel: Any, rows: str, **arguments: Any) -> None:
-        """Starts ``kernel``, one program a block of queries or, where ``rows`` is ``"keys"``, of keys.
+    def query_programs(self, config: Config) -> int:
+        """One program a block of queries of each head."""
+        return self.batches * self.heads * triton.cdiv(self.n_queries, config.query_block)
+
+    def key_programs(self, config: Config) -> int:
+        """One program a block of keys of each of their heads."""
+        return self.batches * self.kv_heads * triton.cdiv(self.n_keys, config.key_block)
+
+    def launch(self, kernel: Any, programs: Callable[[Config], int], **arguments: Any) -> None:
+        """Starts ``kernel`` as its configuration says.
 
         Args:
-            rows: ``"queries"`` or ``"keys"``.
+            programs: their number in a configuration.
             arguments: the kernel's own; what all kernels have in common is added here.
         """
-        place = executor.get()
-        head_block, value_block = (max(16, triton.next_power_of_2(width)) for width in (self.head_dim, self.value_dim))
-        width, precision = max(head_block, value_block), _dot_precision(self.dtype)
-        config = choose_config(kernel.__name__, width, self.dtype.itemsize, precision, place.capability(self.device))
-        if rows == "queries":
-            programs = self.batches * self.heads * triton.cdiv(self.n_queries, config.query_block)
-        else:
-            programs = self.batches * self.kv_heads * triton.cdiv(self.n_keys, config.key_block)
-        if programs == 0:
-            return
-        place.launch(
+        precision = _dot_precision(self.dtype)
+        width, capability = max(self.head_block, self.value_block), executor.get().capability(self.device)
+        config = choose_config(kernel.__name__, width, self.dtype.itemsize, precision, capability)
+        self.start(
             kernel,
-            programs,
-            arguments
-            | {
-                "mask": self.mask,
-                "n_queries": self.n_queries,
-                "n_keys": self.n_keys,
-                "heads": self.heads,
-                "group": self.heads // self.kv_heads,
-                "scale": self.scale,
-                "HEAD_DIM": self.head_dim,
-                "VALUE_DIM": self.value_dim,
-                "HEAD_BLOCK": head_block,
-                "VALUE_BLOCK": value_block,
-                "QUERY_BLOCK": config.query_block,
-                "KEY_BLOCK": config.key_block,
-                "MASK": self.mask_kind,
-                "CAUSAL": self.is_causal,
-                "PRECISION": precision,
-                "num_warps": config.num_warps,
-                "num_stages": config.num_stages,
-            },
-            self.device,
+            programs(config),
+            **arguments,
+            mask=self.mask,
+            window=self.window,
+            dropout=self.dropout,
+            n_queries=self.n_queries,
+            n_keys=self.n_keys,
+            heads=self.heads,
+            group=self.heads // self.kv_heads,
+            scale=self.scale,
+            HEAD_DIM=self.head_dim,
+            VALUE_DIM=self.value_dim,
+            HEAD_BLOCK=self.head_block,
+            VALUE_BLOCK=self.value_block,
+            QUERY_BLOCK=config.query_block,
+            KEY_BLOCK=config.key_block,
+            PRECISION=precision,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
         )
 
-    def _mask(self, mask: Tensor) -> Mask:
+    def start(self, kernel: Any, programs: int, **arguments: Any) -> None:
+        """Starts ``kernel`` with these arguments and no others, unless there is nothing to do."""
+        if programs > 0:
+            executor.get().launch(kernel, programs, arguments, self.device)
+
+    def describe_mask(self, mask: Tensor | None) -> Mask | None:
         """The mask without its broadcast dimensions, its leading ones joined to one; it is never expanded."""
-        full = (*self.lead, self.heads, self.n_queries, self.n_keys)
+        if mask is None:
+            return None
         for dim in range(mask.dim()):
             if mask.stride(dim) == 0:
                 mask = mask.narrow(dim, 0, 1)
-        mask = mask[(None,) * (len(full) - mask.dim())]
         lead, sizes = mask.shape[:-3], mask.shape[-3:]
         mask = mask.reshape(-1, *sizes)
         if any(
