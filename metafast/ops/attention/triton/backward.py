@@ -9,8 +9,6 @@ where dropout's keep is 0 or 1 / (1 - its probability).
 The first kernel leaves D for the second (Dao, FlashAttention-2, arXiv 2307.08691, algorithm 2, split in two).
 """
 
-from typing import Unpack
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -74,7 +72,7 @@ def backward_query_kernel(
     o = load_tile(out, batch, head, first_query, n_queries, QUERY_BLOCK, VALUE_DIM, VALUE_BLOCK)
     d = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
     store_statistic(delta, batch, head, heads, first_query, n_queries, d, QUERY_BLOCK)
-    largest, log_total = load_softmax(statistics, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
+    largest, log_total = load_softmax(statistics, mask, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
     gradient = tl.zeros([QUERY_BLOCK, HEAD_BLOCK], dtype=tl.float32)
     excess = tl.zeros([QUERY_BLOCK], dtype=tl.float32)
     for first_key in range(start, end, KEY_BLOCK):
@@ -84,7 +82,7 @@ def backward_query_kernel(
         s = mask_scores(s, mask, mask_start, window, head, rows, columns, first_query, first_key, n_queries, n_keys)
         p = tl.exp2(s - largest[:, None] - log_total[:, None])
         dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
-        if dropout is not None:
+        if dropout.seeds is not None:
             kept = dropout_factors(dropout, seed, head, first_query, first_key, QUERY_BLOCK, KEY_BLOCK)
             dp *= kept
         ds = (p * (dp - d[:, None])).to(k.dtype)
@@ -142,18 +140,18 @@ def backward_key_kernel(
         first_query = (first_block + index % n_blocks) * QUERY_BLOCK
         q = load_tile(query, batch, head, first_query, n_queries, QUERY_BLOCK, HEAD_DIM, HEAD_BLOCK)
         g = load_tile(grad_out, batch, head, first_query, n_queries, QUERY_BLOCK, VALUE_DIM, VALUE_BLOCK)
-        largest, log_total = load_softmax(statistics, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
+        largest, log_total = load_softmax(statistics, mask, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
         d = load_statistic(delta, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)
         s = mask_scores(s, mask, mask_start, window, head, rows, columns, first_query, first_key, n_queries, n_keys)
         p = tl.exp2(s - largest[None, :] - log_total[None, :])
         z = p
-        if dropout is not None:
+        if dropout.seeds is not None:
             kept = tl.trans(dropout_factors(dropout, seed, head, first_query, first_key, QUERY_BLOCK, KEY_BLOCK))
             z = p * kept
         to_value = tl.dot(z.to(g.dtype), g, to_value, input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(g), input_precision=PRECISION)
-        if dropout is not None:
+        if dropout.seeds is not None:
             dp *= kept
         ds = p * (dp - d[None, :])
         to_key = tl.dot(ds.to(q.dtype), q, to_key, input_precision=PRECISION)
@@ -169,7 +167,7 @@ def backward(
     value: Tensor,
     out: Tensor,
     statistics: Tensor,
-    *options: Unpack[Options],
+    *options: *Options,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of attention.
 

@@ -13,8 +13,6 @@ At the tangents (ggQ, ggK, ggV) and with dȮ = 0 these are the double-backward g
 ordinary backward pass of a gradient gO of the output.
 """
 
-from typing import Unpack
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -96,7 +94,7 @@ def backward_jvp_query_kernel(
         td += tl.sum(tg.to(tl.float32) * o.to(tl.float32), 1)
     store_statistic(delta, batch, head, heads, first_query, n_queries, d, QUERY_BLOCK)
     store_statistic(tangent_delta, batch, head, heads, first_query, n_queries, td, QUERY_BLOCK)
-    largest, log_total = load_softmax(statistics, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
+    largest, log_total = load_softmax(statistics, mask, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
     mean = load_statistic(mu, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
     gradient = tl.zeros([QUERY_BLOCK, HEAD_BLOCK], dtype=tl.float32)
     excess = tl.zeros([QUERY_BLOCK], dtype=tl.float32)
@@ -111,7 +109,7 @@ def backward_jvp_query_kernel(
         p = tl.exp2(s - largest[:, None] - log_total[:, None])
         t = tl.dot(tq, tl.trans(k), input_precision=PRECISION)
         t = tl.dot(q, tl.trans(tk), t, input_precision=PRECISION) * scale - mean[:, None]
-        if tangent_mask is not None:
+        if tangent_mask.pointer is not None:
             t += load_mask(
                 tangent_mask,
                 tangent_mask_start,
@@ -127,7 +125,7 @@ def backward_jvp_query_kernel(
         f = tl.dot(g, tl.trans(tv), input_precision=PRECISION)
         if tangent_grad_out is not None:
             f = tl.dot(tg, tl.trans(v), f, input_precision=PRECISION)
-        if dropout is not None:
+        if dropout.seeds is not None:
             kept = dropout_factors(dropout, seed, head, first_query, first_key, QUERY_BLOCK, KEY_BLOCK)
             e *= kept
             f *= kept
@@ -204,7 +202,7 @@ def backward_jvp_key_kernel(
         q = load_tile(query, batch, head, first_query, n_queries, QUERY_BLOCK, HEAD_DIM, HEAD_BLOCK)
         tq = load_tile(tangent_query, batch, head, first_query, n_queries, QUERY_BLOCK, HEAD_DIM, HEAD_BLOCK)
         g = load_tile(grad_out, batch, head, first_query, n_queries, QUERY_BLOCK, VALUE_DIM, VALUE_BLOCK)
-        largest, log_total = load_softmax(statistics, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
+        largest, log_total = load_softmax(statistics, mask, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
         mean = load_statistic(mu, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
         d = load_statistic(delta, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
         td = load_statistic(tangent_delta, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
@@ -213,7 +211,7 @@ def backward_jvp_key_kernel(
         p = tl.exp2(s - largest[None, :] - log_total[None, :])
         t = tl.dot(k, tl.trans(tq), input_precision=PRECISION)
         t = tl.dot(tk, tl.trans(q), t, input_precision=PRECISION) * scale - mean[None, :]
-        if tangent_mask is not None:
+        if tangent_mask.pointer is not None:
             t += load_mask(
                 tangent_mask,
                 tangent_mask_start,
@@ -226,7 +224,7 @@ def backward_jvp_key_kernel(
                 n_keys,
             ).to(tl.float32)
         z = p
-        if dropout is not None:
+        if dropout.seeds is not None:
             kept = tl.trans(dropout_factors(dropout, seed, head, first_query, first_key, QUERY_BLOCK, KEY_BLOCK))
             z = p * kept
         to_value = tl.dot((z * t).to(g.dtype), g, to_value, input_precision=PRECISION)
@@ -236,7 +234,7 @@ def backward_jvp_key_kernel(
             tg = load_tile(tangent_grad_out, batch, head, first_query, n_queries, QUERY_BLOCK, VALUE_DIM, VALUE_BLOCK)
             f = tl.dot(v, tl.trans(tg), f, input_precision=PRECISION)
             to_value = tl.dot(z.to(tg.dtype), tg, to_value, input_precision=PRECISION)
-        if dropout is not None:
+        if dropout.seeds is not None:
             e *= kept
             f *= kept
         e -= d[None, :]
@@ -260,7 +258,7 @@ def backward_jvp(
     tangent_value: Tensor,
     tangent_mask: Tensor | None,
     tangent_grad_out: Tensor | None,
-    *options: Unpack[Options],
+    *options: *Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Jacobian–vector product of the pair (attention, its backward pass).
 

@@ -31,6 +31,7 @@ class Mask(NamedTuple):
     same number), its strides.
 
     A stride is 0 where the mask is broadcast; ``row`` is None there, so that one row is read and not many equal ones.
+    All is None where there is no mask: Triton can ask a field whether it is None, but not a tuple that has such fields.
     """
 
     pointer: Any
@@ -42,14 +43,20 @@ class Mask(NamedTuple):
 
 
 class Window(NamedTuple):
-    """Row i attends to columns i - left <= j <= i + right; None: no limit, and no code for one."""
+    """Row i attends to columns i - left <= j < i + end; None: no limit, and no code for one.
+
+    Not <= i + right: under a causal mask ``end`` is then 1, which Triton compiles as a constant.
+    """
 
     left: Any
-    right: Any
+    end: Any
 
 
 class Dropout(NamedTuple):
-    """A weight is kept, and multiplied by ``factor``, where its random word is at least ``threshold``; a seed a batch."""
+    """A weight is kept, and multiplied by ``factor``, where its random word is at least ``threshold``; a seed a batch.
+
+    All is None without dropout.
+    """
 
     seeds: Any
     threshold: Any
@@ -71,8 +78,8 @@ def keys_of(window, first_query, n_keys, QUERY_BLOCK: tl.constexpr, KEY_BLOCK: t
     end = n_keys
     if window.left is not None:
         first = tl.maximum(first_query - window.left, 0) // KEY_BLOCK * KEY_BLOCK
-    if window.right is not None:
-        end = tl.minimum(n_keys, first_query + QUERY_BLOCK + window.right)
+    if window.end is not None:
+        end = tl.minimum(n_keys, first_query + QUERY_BLOCK - 1 + window.end)
     return first, end
 
 
@@ -81,8 +88,8 @@ def query_blocks_of(window, first_key, n_queries, QUERY_BLOCK: tl.constexpr, KEY
     """First block of queries of which the window lets some row attend to a block of keys, and how many there are."""
     first = 0
     end = n_queries
-    if window.right is not None:
-        first = tl.maximum(first_key - window.right, 0) // QUERY_BLOCK
+    if window.end is not None:
+        first = tl.maximum(first_key + 1 - window.end, 0) // QUERY_BLOCK
     if window.left is not None:
         end = tl.minimum(n_queries, first_key + KEY_BLOCK + window.left)
     return first, tl.maximum(tl.cdiv(end, QUERY_BLOCK) - first, 0)
@@ -91,7 +98,7 @@ def query_blocks_of(window, first_key, n_queries, QUERY_BLOCK: tl.constexpr, KEY
 @triton.jit
 def mask_of(mask, batch):
     """Pointer to the masks of a batch's heads; without a mask a zero that nothing reads."""
-    if mask is None:
+    if mask.pointer is None:
         return 0
     else:  # noqa: RET505 - Triton would compile what follows a return too
         batch = tl.cast(batch, tl.int64)
@@ -100,10 +107,16 @@ def mask_of(mask, batch):
         return mask.pointer + batch * mask.batch
 
 
+@triton.constexpr_function
+def is_additive(pointer):
+    """Whether there is a mask that is added; a boolean one comes as bytes."""
+    return pointer is not None and pointer.dtype.element_ty != tl.uint8
+
+
 @triton.jit
 def seed_of(dropout, batch):
     """The seed of a batch; without dropout a zero that nothing reads."""
-    if dropout is None:
+    if dropout.seeds is None:
         return 0
     else:  # noqa: RET505 - Triton would compile what follows a return too
         return tl.load(dropout.seeds + batch)
@@ -164,13 +177,19 @@ def store_statistic(pointer, batch, head, heads, first, n_queries, values, ROWS:
 
 
 @triton.jit
-def load_softmax(statistics, batch, head, heads, first, n_queries, ROWS: tl.constexpr):
-    """Maximum m of the rows' scores and log2 of the sum of exp2(score - m).
+def load_softmax(statistics, mask, batch, head, heads, first, n_queries, ROWS: tl.constexpr):
+    """What to subtract from the rows' scores before exp2, in two steps: their maximum, log2 of the sum of exp2(score - it).
 
-    m is +inf for rows that may attend to nothing and outside, so that exp2(score - m) is zero there.
+    The first is +inf for rows that may attend to nothing and outside, so that their weights are zero. Only an additive
+    mask needs two steps; without one the first is the whole, which saves registers, and the second a constant.
     """
     pointers, inside = statistic_of(statistics, batch, head, heads, first, n_queries, ROWS, 2)
-    return tl.load(pointers, mask=inside, other=float("inf")), tl.load(pointers + 1, mask=inside, other=0.0)
+    pairs = tl.load(pointers[:, None] + tl.arange(0, 2)[None, :], mask=inside[:, None], other=float("inf"))
+    largest, log_total = tl.split(pairs)
+    if is_additive(mask.pointer):
+        return largest, log_total
+    else:  # noqa: RET505 - Triton would compile what follows a return too
+        return largest + log_total, tl.zeros([ROWS], dtype=tl.float32)
 
 
 @triton.jit
@@ -205,17 +224,17 @@ def mask_scores(scores, mask, mask_start, window, head, rows, columns, first_row
     [1, ROWS] and [COLUMNS, 1], the scores have; ``columns`` are keys in both.
     """
     allowed = columns < n_columns - first_column
-    if mask is not None:
+    if mask.pointer is not None:
         values = load_mask(mask, mask_start, head, rows, columns, first_row, first_column, n_rows, n_columns)
-        if mask.pointer.dtype.element_ty == tl.uint8:
-            allowed = allowed & (values != 0)
-        else:
+        if is_additive(mask.pointer):
             bias = values.to(tl.float32)
             scores += tl.where((bias < LOWEST) & (bias > float("-inf")), LOWEST, bias) * LOG2E
+        else:
+            allowed = allowed & (values != 0)
     if window.left is not None:
         allowed = allowed & (columns + first_column >= rows + (first_row - window.left))
-    if window.right is not None:
-        allowed = allowed & (columns + first_column <= rows + (first_row + window.right))
+    if window.end is not None:
+        allowed = allowed & (columns + first_column < rows + (first_row + window.end))
     return tl.where(allowed, scores, float("-inf"))
 
 

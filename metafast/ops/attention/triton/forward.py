@@ -3,8 +3,6 @@
 # Triton types the parameters of kernels itself, and an annotation other than constexpr would say otherwise.
 """Forward pass: a program a block of queries, online softmax over the keys (FlashAttention-2, arXiv 2307.08691)."""
 
-from typing import Unpack
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -70,7 +68,7 @@ def forward_kernel(
         p = tl.exp2(s - shift[:, None])
         decay = tl.exp2(largest - shift)
         total = total * decay + tl.sum(p, 1)
-        if dropout is not None:
+        if dropout.seeds is not None:
             kept = dropout_factors(dropout, seed, head, first_query, first_key, QUERY_BLOCK, KEY_BLOCK)
             p *= kept
         v = load_tile(value, batch, kv_head, first_key, n_keys, KEY_BLOCK, VALUE_DIM, VALUE_BLOCK)
@@ -85,7 +83,7 @@ def forward_kernel(
     store_softmax(statistics, batch, head, heads, first_query, n_queries, largest, tl.log2(total), QUERY_BLOCK)
 
 
-def forward(query: Tensor, key: Tensor, value: Tensor, *options: Unpack[Options]) -> tuple[Tensor, Tensor]:
+def forward(query: Tensor, key: Tensor, value: Tensor, *options: *Options) -> tuple[Tensor, Tensor]:
     """Attention and the statistics of its softmax.
 
     Args: see the package.

@@ -9,8 +9,6 @@ where dropout's keep is 0 or 1 / (1 - its probability), and Ṁ the tangent of a
 This is also the gradient of the output's gradient in double backward, at the tangents (ggQ, ggK, ggV).
 """
 
-from typing import Unpack
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -74,7 +72,7 @@ def jvp_kernel(
 
     q = load_tile(query, batch, head, first_query, n_queries, QUERY_BLOCK, HEAD_DIM, HEAD_BLOCK)
     tq = load_tile(tangent_query, batch, head, first_query, n_queries, QUERY_BLOCK, HEAD_DIM, HEAD_BLOCK)
-    largest, log_total = load_softmax(statistics, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
+    largest, log_total = load_softmax(statistics, mask, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
 
     # A number a row may be taken from Ṡ, since mu absorbs it: without the part that comes from the keys' common offset,
     # rounding P * Ṡ does not lose what remains.
@@ -94,7 +92,7 @@ def jvp_kernel(
         ts = tl.dot(tq, tl.trans(k), input_precision=PRECISION)
         ts = tl.dot(q, tl.trans(tk), ts, input_precision=PRECISION)
         ts = ts * scale - common[:, None]
-        if tangent_mask is not None:
+        if tangent_mask.pointer is not None:
             ts += load_mask(
                 tangent_mask,
                 tangent_mask_start,
@@ -108,7 +106,7 @@ def jvp_kernel(
             ).to(tl.float32)
         pts = p * ts
         mean += tl.sum(pts, 1)
-        if dropout is not None:
+        if dropout.seeds is not None:
             kept = dropout_factors(dropout, seed, head, first_query, first_key, QUERY_BLOCK, KEY_BLOCK)
             p *= kept
             pts *= kept
@@ -135,7 +133,7 @@ def jvp(
     tangent_key: Tensor,
     tangent_value: Tensor,
     tangent_mask: Tensor | None,
-    *options: Unpack[Options],
+    *options: *Options,
 ) -> Tensor:
     """Jacobian–vector product of attention.
 

@@ -7,7 +7,7 @@ import functools
 import math
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Any, Unpack
+from typing import Any
 
 import torch
 import triton
@@ -47,7 +47,7 @@ class Problem:
     Args: as of the raw ops (see the package).
     """
 
-    def __init__(self, query: Tensor, key: Tensor, value: Tensor, *options: Unpack[Options]) -> None:
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor, *options: *Options) -> None:
         attn_mask, seeds, left, right, dropout_p, scale = options
         *self.lead, self.heads, self.n_queries, self.head_dim = query.shape
         self.kv_heads, self.n_keys, self.value_dim = value.shape[-3:]
@@ -60,9 +60,9 @@ class Problem:
         self.mask = self.describe_mask(attn_mask)
         # A side that limits nothing is none: the kernels have no code for it.
         self.window = Window(
-            left if 0 <= left < self.n_queries - 1 else None, right if 0 <= right < self.n_keys - 1 else None
+            left if 0 <= left < self.n_queries - 1 else None, right + 1 if 0 <= right < self.n_keys - 1 else None
         )
-        self.dropout = None
+        self.dropout = Dropout(None, None, None)
         if seeds is not None:
             threshold = min(round(dropout_p * 2**32), _LAST_WORD)
             factor = 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else math.inf
@@ -128,10 +128,10 @@ class Problem:
         if programs > 0:
             executor.get().launch(kernel, programs, arguments, self.device)
 
-    def describe_mask(self, mask: Tensor | None) -> Mask | None:
+    def describe_mask(self, mask: Tensor | None) -> Mask:
         """The mask without its broadcast dimensions, its leading ones joined to one; it is never expanded."""
         if mask is None:
-            return None
+            return Mask(*(None,) * len(Mask._fields))
         for dim in range(mask.dim()):
             if mask.stride(dim) == 0:
                 mask = mask.narrow(dim, 0, 1)

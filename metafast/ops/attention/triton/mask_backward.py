@@ -9,7 +9,7 @@ summed over would keep few programs busy: these sums are split, and the parts ad
 """
 
 import math
-from typing import Any, NamedTuple, Unpack
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -202,13 +202,13 @@ def mask_backward_kernel(
         k = load_tile(key, batch, kv_head, first_key, n_keys, KEY_BLOCK, HEAD_DIM, HEAD_BLOCK)
         g = load_tile(grad_out, batch, head, first_query, n_queries, QUERY_BLOCK, VALUE_DIM, VALUE_BLOCK)
         v = load_tile(value, batch, kv_head, first_key, n_keys, KEY_BLOCK, VALUE_DIM, VALUE_BLOCK)
-        largest, log_total = load_softmax(statistics, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
+        largest, log_total = load_softmax(statistics, mask, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
         d = load_statistic(delta, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
         s = mask_scores(s, mask, mask_start, window, head, rows, columns, first_query, first_key, n_queries, n_keys)
         p = tl.exp2(s - largest[:, None] - log_total[:, None])
         dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
-        if dropout is not None:
+        if dropout.seeds is not None:
             seed = seed_of(dropout, batch)
             dp *= dropout_factors(dropout, seed, head, first_query, first_key, QUERY_BLOCK, KEY_BLOCK)
         total += p * (dp - d[:, None])
@@ -268,7 +268,7 @@ def mask_backward_jvp_kernel(
         tq = load_tile(tangent_query, batch, head, first_query, n_queries, QUERY_BLOCK, HEAD_DIM, HEAD_BLOCK)
         k = load_tile(key, batch, kv_head, first_key, n_keys, KEY_BLOCK, HEAD_DIM, HEAD_BLOCK)
         tk = load_tile(tangent_key, batch, kv_head, first_key, n_keys, KEY_BLOCK, HEAD_DIM, HEAD_BLOCK)
-        largest, log_total = load_softmax(statistics, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
+        largest, log_total = load_softmax(statistics, mask, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
         mean = load_statistic(mu, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
         d = load_statistic(delta, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
         td = load_statistic(tangent_delta, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
@@ -277,7 +277,7 @@ def mask_backward_jvp_kernel(
         p = tl.exp2(s - largest[:, None] - log_total[:, None])
         t = tl.dot(tq, tl.trans(k), input_precision=PRECISION)
         t = tl.dot(q, tl.trans(tk), t, input_precision=PRECISION) * scale - mean[:, None]
-        if tangent_mask is not None:
+        if tangent_mask.pointer is not None:
             tangent_start = mask_of(tangent_mask, batch)
             t += load_mask(
                 tangent_mask, tangent_start, head, rows, columns, first_query, first_key, n_queries, n_keys
@@ -290,7 +290,7 @@ def mask_backward_jvp_kernel(
         if tangent_grad_out is not None:
             tg = load_tile(tangent_grad_out, batch, head, first_query, n_queries, QUERY_BLOCK, VALUE_DIM, VALUE_BLOCK)
             f = tl.dot(tg, tl.trans(v), f, input_precision=PRECISION)
-        if dropout is not None:
+        if dropout.seeds is not None:
             seed = seed_of(dropout, batch)
             kept = dropout_factors(dropout, seed, head, first_query, first_key, QUERY_BLOCK, KEY_BLOCK)
             e *= kept
@@ -306,7 +306,7 @@ def mask_backward(
     value: Tensor,
     out: Tensor,
     statistics: Tensor,
-    *options: Unpack[Options],
+    *options: *Options,
 ) -> Tensor:
     """Gradient of an additive mask.
 
@@ -342,7 +342,7 @@ def mask_backward_jvp(
     tangent_value: Tensor,
     tangent_mask: Tensor | None,
     tangent_grad_out: Tensor | None,
-    *options: Unpack[Options],
+    *options: *Options,
 ) -> Tensor:
     """Tangent of the gradient of an additive mask.
 
