@@ -26,6 +26,7 @@ from metafast.ops.attention.triton import (
     mask_backward,
     mask_backward_jvp,
 )
+from metafast.ops.attention.triton.config import Config
 from metafast.ops.attention.triton.launch import Device, executor
 
 ARCHITECTURES = (80, 90, 100)
@@ -70,6 +71,9 @@ class _Target(Device):
 
     def capability(self, device: torch.device) -> tuple[int, int] | None:
         return divmod(self.arch, 10)
+
+    def configure(self, default: Config, device: torch.device, *_: Any) -> Config:
+        return default
 
     def launch(self, kernel: Any, programs: int, arguments: dict[str, Any], device: torch.device) -> None:
         self.kernels.append(kernel.warmup(grid=(programs,), **arguments))
@@ -131,11 +135,15 @@ def _call_ops(dtype: torch.dtype, head_dim: int, everything: bool) -> None:
     options = masked if everything else (None, *masked[1:])
     out, statistics = forward(tensor, tensor, tensor, *options)
     saved = (tensor, tensor, tensor, tensor, out, statistics)
-    directions = (tensor, tensor, tensor, mask if everything else None, tensor)
-    backward(*saved, *options)
-    backward_jvp(*saved, *directions, *options)
-    mask_backward(*saved, *masked)
-    mask_backward_jvp(*saved, *directions[:3], mask, tensor, *masked)
+    # Mypy does not count the arguments of several tuples in one call.
+    calls: tuple[tuple[Any, tuple[Any, ...]], ...] = (
+        (backward, options),
+        (backward_jvp, (tensor, tensor, tensor, mask if everything else None, tensor, *options)),
+        (mask_backward, masked),
+        (mask_backward_jvp, (tensor, tensor, tensor, mask, tensor, *masked)),
+    )
+    for op, rest in calls:
+        op(*saved, *rest)
 
 
 def _first_of_each(kernels: list[Any]) -> dict[str, Any]:

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.errors import TritonError
 
+from metafast.ops.attention.triton import tuning
 from metafast.ops.attention.triton.common import Dropout, Mask, Matrix, Window
 from metafast.ops.attention.triton.config import Config, choose_config
 
@@ -30,6 +32,30 @@ class Device:
     def launch(self, kernel: Any, programs: int, arguments: dict[str, Any], device: torch.device) -> None:
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             kernel[(programs,)](**arguments)
+
+    def configure(
+        self,
+        default: Config,
+        device: torch.device,
+        describe: Callable[[str], tuning.Key],
+        candidates: Callable[[int], list[Config]],
+        run: Callable[[Config], None],
+    ) -> Config:
+        """The table's configuration, or what was measured on this kind of GPU: see ``tuning.py``.
+
+        Args:
+            describe: the key of a launch on a GPU of that name.
+            candidates: configurations for a GPU with that many bytes of shared memory a program.
+            run: launches in a configuration; what a kernel writes is the same whenever it is repeated.
+        """
+        if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+            return default
+        return tuning.choose(
+            default,
+            lambda: describe(torch.cuda.get_device_name(device)),
+            lambda: candidates(_shared_memory(device)),
+            lambda config: _milliseconds(functools.partial(run, config)),
+        )
 
 
 # The compile report puts a GPU that need not be there in its place.
@@ -99,28 +125,65 @@ class Problem:
         """
         precision = _dot_precision(self.dtype)
         width, capability = max(self.head_block, self.value_block), executor.get().capability(self.device)
-        config = choose_config(kernel.__name__, width, self.dtype.itemsize, precision, capability)
-        self.start(
+        name, itemsize, widths = kernel.__name__, self.dtype.itemsize, (self.head_block, self.value_block)
+        default = choose_config(name, width, itemsize, precision, capability)
+
+        def run(config: Config) -> None:
+            self.start(
+                kernel,
+                programs(config),
+                **arguments,
+                mask=self.mask,
+                window=self.window,
+                dropout=self.dropout,
+                n_queries=self.n_queries,
+                n_keys=self.n_keys,
+                heads=self.heads,
+                group=self.heads // self.kv_heads,
+                scale=self.scale,
+                HEAD_DIM=self.head_dim,
+                VALUE_DIM=self.value_dim,
+                HEAD_BLOCK=self.head_block,
+                VALUE_BLOCK=self.value_block,
+                QUERY_BLOCK=config.query_block,
+                KEY_BLOCK=config.key_block,
+                PRECISION=precision,
+                num_warps=config.num_warps,
+                num_stages=config.num_stages,
+            )
+
+        run(
+            executor.get().configure(
+                default,
+                self.device,
+                lambda gpu: self._key(gpu, name, precision, arguments),
+                lambda shared: tuning.space(name, *widths, itemsize, shared, default),
+                run,
+            )
+        )
+
+    def _key(self, gpu: str, kernel: str, precision: str, arguments: dict[str, Any]) -> tuning.Key:
+        """What the choice of a configuration depends on."""
+        mask = self.mask.pointer
+        flags = {
+            "left": self.window.left is not None,
+            "right": self.window.end is not None,
+            "additive" if mask is not None and mask.is_floating_point() else "boolean": mask is not None,
+            "dropout": self.dropout.seeds is not None,
+            "grouped": self.heads > self.kv_heads,
+            "tangent_grad_out": arguments.get("tangent_grad_out") is not None,
+        }
+        return tuning.Key(
+            gpu,
+            triton.__version__,
             kernel,
-            programs(config),
-            **arguments,
-            mask=self.mask,
-            window=self.window,
-            dropout=self.dropout,
-            n_queries=self.n_queries,
-            n_keys=self.n_keys,
-            heads=self.heads,
-            group=self.heads // self.kv_heads,
-            scale=self.scale,
-            HEAD_DIM=self.head_dim,
-            VALUE_DIM=self.value_dim,
-            HEAD_BLOCK=self.head_block,
-            VALUE_BLOCK=self.value_block,
-            QUERY_BLOCK=config.query_block,
-            KEY_BLOCK=config.key_block,
-            PRECISION=precision,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            str(self.dtype).removeprefix("torch."),
+            precision,
+            self.head_block,
+            self.value_block,
+            tuning.bucket(self.n_queries),
+            tuning.bucket(self.n_keys),
+            ",".join(flag for flag, is_on in flags.items() if is_on),
         )
 
     def start(self, kernel: Any, programs: int, **arguments: Any) -> None:
@@ -168,6 +231,20 @@ def empty_like(tensor: Tensor, columns: int | None = None) -> Tensor:
 def _dot_precision(dtype: torch.dtype) -> str:
     tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if tf32 else "ieee"
+
+
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that a program may have, as Triton itself asks for them."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return int(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"])
+
+
+def _milliseconds(run: Callable[[], None]) -> float:
+    """Median time of a launch; infinite where the GPU cannot hold what it needs or the compiler refuses."""
+    try:
+        return float(triton.testing.do_bench(run, warmup=10, rep=50, return_mode="median"))
+    except TritonError:
+        return math.inf
 
 
 @functools.cache
