@@ -44,7 +44,7 @@ _HALF_BLACKWELL: _Table = {
 }
 # Everything else, within the 99 KiB of shared memory that the smaller Ampere, Ada and Blackwell chips have.
 _HALF: _Table = {
-    "forward_kernel": (Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 16, 8, 1)),
+    "forward_kernel": (Config(64, 64, 4, 2), Config(64, 64, 8, 2), Config(64, 16, 8, 1)),
     "backward_query_kernel": (Config(64, 32, 4, 2), Config(64, 64, 8, 2), Config(32, 32, 8, 1)),
     "backward_key_kernel": (Config(32, 64, 4, 2), Config(64, 64, 8, 2), Config(32, 32, 8, 1)),
     "jvp_kernel": (Config(64, 32, 4, 2), Config(32, 64, 8, 2), Config(16, 32, 8, 1)),
