@@ -1,4 +1,4 @@
-"""The Triton kernels of attention against dense attention in float64, differentiated by torch.autograd.
+"""The Triton kernels of attention, called as raw ops, against the dense reference in float64 under torch.autograd.
 
 On a machine without CUDA they run in Triton's interpreter, with the same cases.
 """
@@ -13,6 +13,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+
+from metafast.ops.attention import reference
+from metafast.testing import ATTENTION_CASES, AttentionCase
 
 CUDA = torch.cuda.is_available()
 if not CUDA:
@@ -30,48 +33,54 @@ DEVICE = torch.device("cuda" if CUDA else "cpu")
 # besides: float32 results of a few terms are often exact in eager attention by luck.
 ALLOWED_RATIO = 2.0
 FLOOR = 1e-6
+NO_OPTIONS = (None, None, -1, -1, 0.0, 0.25)
+NAMES = ("query", "key", "value", "mask")
 
 
 @dataclass(frozen=True)
-class Case:
-    """One call of attention; ``mask`` and ``layout`` name entries of MASKS and LAYOUTS."""
+class LayoutCase:
+    """A memory order or a mask that the shared table does not have; ``mask`` and ``layout`` name entries of MASKS and
+    LAYOUTS."""
 
     name: str
-    n_queries: int
-    n_keys: int
+    rows: int
+    columns: int
     head_dim: int = 16
     value_dim: int | None = None
     lead: tuple[int, ...] = ()
     heads: int = 2
-    kv_heads: int | None = None
+    key_heads: int | None = None
     mask: str | None = None
-    is_causal: bool = False
+    window: tuple[int, int] = (-1, -1)
+    dropout_p: float = 0.0
     scale: float | None = None
     layout: str = "contiguous"
     key_offset: float = 0.0
 
-    def sizes(self) -> tuple[int, int, int]:
-        """Key heads, value dimension and the scale in use."""
-        return self.kv_heads or self.heads, self.value_dim or self.head_dim, self.scale or self.head_dim**-0.5
 
-
-MASKS: dict[str, Callable[[Case], Tensor]] = {
-    "pairs": lambda case: random_mask(case.n_queries, case.n_keys),
-    "every pair": lambda case: random_mask(*case.lead, case.heads, case.n_queries, case.n_keys),
-    "keys of a batch": lambda case: random_mask(*case.lead, 1, 1, case.n_keys),
-    "keys of a head": lambda case: random_mask(case.heads, 1, case.n_keys),
-    "whole rows": lambda case: random_mask(case.n_queries, 1),
-    "outer lead": lambda case: random_mask(case.lead[0], *(1 for _ in case.lead[1:]), 1, case.n_queries, case.n_keys),
-    "inner lead": lambda case: random_mask(*case.lead[1:], case.heads, 1, case.n_keys),
-    "middle lead": lambda case: random_mask(1, case.lead[1], 1, 1, 1, case.n_keys),
-    "outermost and innermost lead": lambda case: random_mask(case.lead[0], 1, case.lead[2], 1, 1, case.n_keys),
-    "expanded": lambda case: random_mask(case.n_keys).expand(*case.lead, case.heads, case.n_queries, case.n_keys),
-    "transposed": lambda case: random_mask(case.n_keys, case.n_queries).mT,
-    "nothing": lambda case: torch.zeros(case.n_queries, case.n_keys, dtype=torch.bool),
-    "additive": lambda case: additive(random_mask(case.n_queries, case.n_keys), -torch.inf),
-    "additive of a batch": lambda case: additive(random_mask(*case.lead, 1, 1, case.n_keys), -torch.inf),
-    "additive half": lambda case: additive(random_mask(case.heads, case.n_queries, case.n_keys), -torch.inf).bfloat16(),
-    "additive lowest": lambda case: additive(some_allowed(case), torch.finfo(torch.float32).min),
+MASKS: dict[str, Callable[[LayoutCase], Tensor]] = {
+    "pairs": lambda case: random_mask(case.rows, case.columns),
+    "every pair": lambda case: random_mask(*case.lead, case.heads, case.rows, case.columns),
+    "keys of a batch": lambda case: random_mask(*case.lead, 1, 1, case.columns),
+    "keys of a head": lambda case: random_mask(case.heads, 1, case.columns),
+    "whole rows": lambda case: random_mask(case.rows, 1),
+    "outer lead": lambda case: random_mask(case.lead[0], *(1 for _ in case.lead[1:]), 1, case.rows, case.columns),
+    "inner lead": lambda case: random_mask(*case.lead[1:], case.heads, 1, case.columns),
+    "middle lead": lambda case: random_mask(1, case.lead[1], 1, 1, 1, case.columns),
+    "outermost and innermost lead": lambda case: random_mask(case.lead[0], 1, case.lead[2], 1, 1, case.columns),
+    "expanded": lambda case: random_mask(case.columns).expand(*case.lead, case.heads, case.rows, case.columns),
+    "transposed": lambda case: random_mask(case.columns, case.rows).mT,
+    "nothing": lambda case: torch.zeros(case.rows, case.columns, dtype=torch.bool),
+    "additive": lambda case: additive(random_mask(case.rows, case.columns), -torch.inf),
+    "additive of inner lead": lambda case: additive(
+        random_mask(*case.lead[1:], case.heads, 1, case.columns), -torch.inf
+    ),
+    "additive of middle lead": lambda case: additive(random_mask(1, case.lead[1], 1, 1, 1, case.columns), -torch.inf),
+    "additive of rows": lambda case: torch.randn(case.heads, case.rows, 1),
+    "additive of keys": lambda case: additive(random_mask(1, 1, case.columns), -torch.inf),
+    "additive of one": lambda case: torch.randn(1, 1, 1),
+    "additive expanded": lambda case: torch.randn(case.columns).expand(*case.lead, case.heads, case.rows, case.columns),
+    "additive half": lambda case: additive(random_mask(case.heads, case.rows, case.columns), -torch.inf).bfloat16(),
 }
 
 
@@ -80,12 +89,6 @@ def random_mask(*shape: int) -> Tensor:
     mask = torch.rand(shape) < 0.7
     if len(shape) > 1 and shape[-2] > 1:
         mask[..., 1, :] = False
-    return mask
-
-
-def some_allowed(case: Case) -> Tensor:
-    mask = torch.rand(case.n_queries, case.n_keys) < 0.5
-    mask[:, 0] = True
     return mask
 
 
@@ -112,199 +115,196 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "embedded": embedded,
 }
 
-CASES = [
-    Case("plain", 64, 64, 64),
-    Case("ragged", 13, 9, lead=(2,)),
-    Case("ragged over several blocks", 70, 130, layout="embedded"),
-    Case("one head", 9, 13, heads=1),
-    Case("single query", 1, 37),
-    Case("single key", 7, 1),
-    Case("width 1", 5, 6, head_dim=1),
-    Case("width 5, values 3", 11, 12, head_dim=5, value_dim=3, layout="embedded"),
-    Case("width 40, values 64", 20, 33, head_dim=40, value_dim=64),
-    Case("width 64, values 5", 20, 33, head_dim=64, value_dim=5),
-    Case("width 256", 17, 20, head_dim=256, heads=1),
-    Case("causal", 70, 70, is_causal=True),
-    Case("causal, more keys", 9, 130, is_causal=True),
-    Case("causal, more queries", 130, 9, is_causal=True),
-    Case("causal and masked", 40, 40, lead=(2,), is_causal=True, mask="keys of a batch"),
-    Case("grouped heads", 33, 21, heads=4, kv_heads=2),
-    Case("one key head", 20, 70, heads=3, kv_heads=1, mask="every pair", is_causal=True),
-    Case("mask of pairs", 70, 66, mask="pairs", layout="embedded"),
-    Case("mask of every pair", 13, 17, lead=(2,), mask="every pair"),
-    Case("mask of a batch's keys", 13, 17, lead=(2,), heads=1, mask="keys of a batch"),
-    Case("mask of a head's keys", 13, 17, mask="keys of a head"),
-    Case("mask of whole rows", 13, 17, mask="whole rows"),
-    Case("mask of outer lead", 5, 9, lead=(2, 2), heads=1, mask="outer lead"),
-    Case("mask of inner lead", 5, 9, lead=(2, 2), mask="inner lead"),
-    Case("mask of middle lead", 5, 9, lead=(2, 2, 2), heads=1, mask="middle lead"),
-    Case("mask of outermost and innermost lead", 5, 9, lead=(2, 2, 2), heads=1, mask="outermost and innermost lead"),
-    Case("mask already expanded", 13, 17, lead=(2,), heads=1, mask="expanded"),
-    Case("mask transposed", 13, 17, mask="transposed"),
-    Case("mask of nothing", 5, 9, mask="nothing"),
-    Case("additive mask", 70, 66, mask="additive"),
-    Case("additive mask of a batch", 13, 17, lead=(2,), heads=1, mask="additive of a batch"),
-    Case("additive mask in bfloat16", 13, 17, mask="additive half"),
-    Case("additive mask of the lowest number", 13, 17, mask="additive lowest"),
-    Case("sequence before heads", 13, 17, lead=(2,), layout="sequence before heads"),
-    Case("columns apart", 13, 17, layout="columns apart"),
-    Case("first lead last", 5, 9, lead=(2, 2), heads=1, layout="first lead last"),
-    Case("leads swapped", 5, 9, lead=(2, 3), heads=1, layout="leads swapped"),
-    Case("batch broadcast", 5, 9, lead=(2,), layout="batch broadcast"),
-    Case("scale", 13, 17, scale=0.7),
-    Case("negative scale", 13, 17, scale=-0.3),
-    Case("large common offset of keys", 70, 66, 64, heads=1, key_offset=30.0),
+LAYOUT_CASES = [
+    LayoutCase("ragged over several blocks", 70, 130, layout="embedded", window=(-1, 0)),
+    LayoutCase("width 5, values 3", 11, 12, head_dim=5, value_dim=3, layout="embedded"),
+    LayoutCase("width 64, values 5", 20, 33, head_dim=64, value_dim=5),
+    LayoutCase("width 256", 17, 20, head_dim=256, heads=1),
+    LayoutCase("one head of keys", 20, 70, heads=3, key_heads=1, mask="every pair", window=(-1, 0)),
+    LayoutCase("mask of pairs", 70, 66, mask="pairs", layout="embedded"),
+    LayoutCase("mask of a head's keys", 13, 17, mask="keys of a head"),
+    LayoutCase("mask of whole rows", 13, 17, mask="whole rows"),
+    LayoutCase("mask of outer lead", 5, 9, lead=(2, 2), heads=1, mask="outer lead"),
+    LayoutCase("mask of inner lead", 5, 9, lead=(2, 2), mask="inner lead"),
+    LayoutCase("mask of middle lead", 5, 9, lead=(2, 2, 2), heads=1, mask="middle lead"),
+    LayoutCase("mask of the ends of lead", 5, 9, lead=(2, 2, 2), heads=1, mask="outermost and innermost lead"),
+    LayoutCase("mask already expanded", 13, 17, lead=(2,), heads=1, mask="expanded"),
+    LayoutCase("mask transposed", 13, 17, mask="transposed"),
+    LayoutCase("mask of nothing", 5, 9, mask="nothing"),
+    LayoutCase("additive mask", 70, 66, mask="additive", window=(10, 30), dropout_p=0.2),
+    LayoutCase("additive mask of inner lead", 5, 9, lead=(2, 3), mask="additive of inner lead"),
+    LayoutCase("additive mask of middle lead", 5, 9, lead=(2, 3, 2), heads=1, mask="additive of middle lead"),
+    LayoutCase("additive mask of rows", 70, 66, mask="additive of rows", window=(20, 10)),
+    LayoutCase("additive mask of keys", 70, 66, lead=(2,), mask="additive of keys", window=(20, 10)),
+    LayoutCase("one number for a mask", 40, 70, mask="additive of one", key_heads=1),
+    LayoutCase("additive mask already expanded", 5, 9, lead=(2,), mask="additive expanded"),
+    LayoutCase("additive mask in bfloat16", 13, 17, mask="additive half"),
+    LayoutCase("sequence before heads", 13, 17, lead=(2,), layout="sequence before heads"),
+    LayoutCase("columns apart", 13, 17, layout="columns apart"),
+    LayoutCase("first lead last", 5, 9, lead=(2, 2), heads=1, layout="first lead last"),
+    LayoutCase("leads swapped", 5, 9, lead=(2, 3), heads=1, layout="leads swapped", dropout_p=0.3),
+    LayoutCase("batch broadcast", 5, 9, lead=(2,), layout="batch broadcast"),
+    LayoutCase("negative scale", 13, 17, scale=-0.3),
+    LayoutCase("window of few of many", 130, 200, heads=1, window=(3, 40)),
+    LayoutCase("large common offset of keys", 70, 66, 64, heads=1, key_offset=30.0),
 ]
 HALF_CASES = [
-    replace(case, name=f"{case.name}, wide", head_dim=64)
-    for case in CASES
-    if case.name in ("ragged", "causal", "grouped heads", "additive mask")
-] + [case for case in CASES if case.name in ("plain", "width 5, values 3", "large common offset of keys")]
+    LayoutCase("half, plain", 64, 64, 64),
+    LayoutCase("half, causal", 70, 70, 64, window=(-1, 0)),
+    LayoutCase("half, grouped heads", 33, 21, 64, heads=4, key_heads=2, window=(9, 5)),
+    LayoutCase("half, additive mask", 70, 66, 64, mask="additive of keys", lead=(1,), dropout_p=0.3),
+    *(case for case in LAYOUT_CASES if case.name in ("width 5, values 3", "large common offset of keys")),
+]
 
 
 @dataclass
-class Inputs:
+class Call:
     """Arguments of the raw ops, on the CPU in float64 but with values that the tested dtype holds exactly."""
 
-    query: Tensor
-    key: Tensor
-    value: Tensor
+    primals: tuple[Tensor, Tensor, Tensor]
     grad_out: Tensor
-    tangent_query: Tensor
-    tangent_key: Tensor
-    tangent_value: Tensor
+    tangents: tuple[Tensor, Tensor, Tensor]
+    tangent_mask: Tensor | None
     tangent_grad_out: Tensor
-    attn_mask: Tensor | None
-    is_causal: bool
-    scale: float
+    options: tuple[Any, ...]
+    layout: str = "contiguous"
+
+    @property
+    def attn_mask(self) -> Tensor | None:
+        return self.options[0]
+
+    @property
+    def by_mask(self) -> bool:
+        return self.attn_mask is not None and self.attn_mask.dtype != torch.bool
 
 
-def make_inputs(case: Case, dtype: torch.dtype) -> Inputs:
+def full_rank(mask: Tensor | None, rank: int) -> Tensor | None:
+    return None if mask is None else mask[(None,) * (rank - mask.dim())]
+
+
+def seeds_of(lead: tuple[int, ...], dropout_p: float) -> Tensor | None:
+    return torch.randint(2**63 - 1, lead) if dropout_p > 0.0 else None
+
+
+def tangent_of(mask: Tensor | None) -> Tensor | None:
+    additive = mask is not None and mask.dtype != torch.bool
+    return torch.randn(mask.shape).to(mask.dtype) if additive else None
+
+
+def call_of_layout(case: LayoutCase, dtype: torch.dtype) -> Call:
     torch.manual_seed(sum(map(ord, case.name)))
-    kv_heads, value_dim, scale = case.sizes()
+    key_heads, value_dim = case.key_heads or case.heads, case.value_dim or case.head_dim
 
     def random(heads: int, rows: int, columns: int) -> Tensor:
         return LAYOUTS[case.layout](torch.randn(*case.lead, heads, rows, columns).to(dtype).double())
 
-    query, tangent_query = (random(case.heads, case.n_queries, case.head_dim) for _ in range(2))
-    key, tangent_key = (random(kv_heads, case.n_keys, case.head_dim) for _ in range(2))
-    value, tangent_value = (random(kv_heads, case.n_keys, value_dim) for _ in range(2))
-    grad_out, tangent_grad_out = (random(case.heads, case.n_queries, value_dim) for _ in range(2))
+    query, tangent_query = (random(case.heads, case.rows, case.head_dim) for _ in range(2))
+    key, tangent_key = (random(key_heads, case.columns, case.head_dim) for _ in range(2))
+    value, tangent_value = (random(key_heads, case.columns, value_dim) for _ in range(2))
+    grad_out, tangent_grad_out = (random(case.heads, case.rows, value_dim) for _ in range(2))
     if case.key_offset:
         offset = case.key_offset * torch.randn(case.head_dim)
         key, tangent_key = ((tensor + offset).to(dtype).double() for tensor in (key, tangent_key))
-    return Inputs(
-        query,
-        key,
-        value,
-        grad_out,
-        tangent_query,
-        tangent_key,
-        tangent_value,
-        tangent_grad_out,
-        None if case.mask is None else MASKS[case.mask](case),
-        case.is_causal,
-        scale,
+    mask = full_rank(None if case.mask is None else MASKS[case.mask](case), query.dim())
+    options = (
+        mask,
+        seeds_of(case.lead, case.dropout_p),
+        *case.window,
+        case.dropout_p,
+        case.scale or case.head_dim**-0.5,
     )
+    tangents = (tangent_query, tangent_key, tangent_value)
+    return Call((query, key, value), grad_out, tangents, tangent_of(mask), tangent_grad_out, options, case.layout)
 
 
-def dense_attention(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp in the inputs' dtype; rows that may attend to nothing give zero."""
-    group = query.shape[-3] // key.shape[-3]
-    key, value = (tensor.repeat_interleave(group, -3) for tensor in (key, value))
-    scores = scale * (query @ key.mT)
-    allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device)
-    if is_causal:
-        allowed = allowed.tril()
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        allowed = allowed & attn_mask
-    elif attn_mask is not None:
-        allowed = allowed & (attn_mask != -torch.inf)
-        scores = scores + attn_mask.masked_fill(attn_mask == -torch.inf, 0).to(scores.dtype)
-    some = allowed.any(-1, keepdim=True)
-    scores = scores.masked_fill(~allowed & some, -torch.inf)
-    weights = scores.softmax(-1) * some
-    return weights @ value, scores.logsumexp(-1).masked_fill(~some.squeeze(-1), -torch.inf)
+def call_of_shared(case: AttentionCase, dtype: torch.dtype, generator: torch.Generator) -> Call:
+    inputs = case.inputs(dtype, generator)
+    mask = full_rank(inputs.options["attn_mask"], inputs.query.dim())
+    left, right = (-1 if side is None else side for side in case.window_size or (None, None))
+    if case.is_causal:
+        right = 0
+    scale = case.head_dim**-0.5 if case.scale is None else case.scale
+    options = (mask, seeds_of(case.lead, case.dropout_p), left, right, case.dropout_p, scale)
+    tangent_grad_out = torch.randn(inputs.grad_out.shape).to(dtype).double()
+    doubles = inputs.to(torch.float64)
+    return Call(doubles.qkv, doubles.grad_out, doubles.tangents, tangent_of(mask), tangent_grad_out, options)
 
 
-def dense_results(inputs: Inputs, dtype: torch.dtype, with_tangent_grad_out: bool) -> dict[str, Tensor]:
+def dense_results(call: Call, dtype: torch.dtype, with_tangent_grad_out: bool) -> dict[str, Tensor]:
     """Everything the raw ops return, by autograd through dense attention in ``dtype``."""
 
     def cast(tensor: Tensor) -> Tensor:
         return tensor.detach().to(dtype).requires_grad_()
 
-    query, key, value, grad_out = map(cast, (inputs.query, inputs.key, inputs.value, inputs.grad_out))
-    primals = (query, key, value)
-    tangents = tuple(map(cast, (inputs.tangent_query, inputs.tangent_key, inputs.tangent_value)))
-    arguments = (inputs.attn_mask, inputs.is_causal, inputs.scale)
-    out, lse = dense_attention(*primals, *arguments)
+    grad_out, primals, tangents = cast(call.grad_out), [*map(cast, call.primals)], [*map(cast, call.tangents)]
+    mask, *rest = call.options
+    if call.by_mask:
+        # An expanded mask gets a gradient for each of its places.
+        mask = cast(mask.contiguous())
+        primals, tangents = [*primals, mask], [*tangents, cast(call.tangent_mask)]
+    out = reference.attention(*primals[:3], mask, *rest)
     gradients = torch.autograd.grad(out, primals, grad_out, create_graph=True)
     (tangent_out,) = torch.autograd.grad(gradients, grad_out, tangents, retain_graph=True)
-    # The tangent of the log-sum-exp, like that of the output, is the derivative of a pullback in its cotangent.
-    grad_lse = torch.ones_like(lse, requires_grad=True)
-    (mu,) = torch.autograd.grad(
-        torch.autograd.grad(lse, (query, key), grad_lse, create_graph=True), grad_lse, tangents[:2]
-    )
     outputs, cotangents = gradients, tangents
     if with_tangent_grad_out:
-        outputs, cotangents = (*gradients, out), (*tangents, cast(inputs.tangent_grad_out))
-    second = torch.autograd.grad(outputs, primals, cotangents)
-    results = {"out": out, "lse": lse, "tangent_out": tangent_out, "mu": mu}
-    names = ("query", "key", "value")
-    results |= {f"grad_{name}": tensor for name, tensor in zip(names, gradients, strict=True)}
-    results |= {f"tangent_grad_{name}": tensor for name, tensor in zip(names, second, strict=True)}
+        outputs, cotangents = (*gradients, out), (*tangents, cast(call.tangent_grad_out))
+    seconds = torch.autograd.grad(outputs, primals, cotangents)
+    results = {"out": out, "tangent_out": tangent_out}
+    results |= {f"grad_{name}": tensor for name, tensor in zip(NAMES, gradients, strict=False)}
+    results |= {f"tangent_grad_{name}": tensor for name, tensor in zip(NAMES, seconds, strict=False)}
     return {name: tensor.detach() for name, tensor in results.items()}
 
 
-def kernel_results(case: Case, inputs: Inputs, dtype: torch.dtype, with_tangent_grad_out: bool) -> dict[str, Tensor]:
-    """The same from the kernels, which get the case's strides and only see ``out`` and ``lse`` of their own."""
+def kernel_results(call: Call, dtype: torch.dtype, with_tangent_grad_out: bool) -> dict[str, Tensor]:
+    """The same from the kernels, which get the case's strides and only see ``out`` and ``statistics`` of their own."""
 
     def place(tensor: Tensor) -> Tensor:
-        return LAYOUTS[case.layout](tensor.to(dtype)).to(DEVICE)
+        return LAYOUTS[call.layout](tensor.to(dtype)).to(DEVICE)
 
-    primals = tuple(map(place, (inputs.query, inputs.key, inputs.value)))
-    tangents = tuple(map(place, (inputs.tangent_query, inputs.tangent_key, inputs.tangent_value)))
-    grad_out = place(inputs.grad_out)
-    tangent_grad_out = place(inputs.tangent_grad_out) if with_tangent_grad_out else None
-    arguments = (None if inputs.attn_mask is None else inputs.attn_mask.to(DEVICE), inputs.is_causal, inputs.scale)
-    out, lse = kernels.forward(*primals, *arguments)
-    gradients = kernels.backward(grad_out, *primals, out, lse, *arguments)
-    tangent_out, mu = kernels.jvp(*primals, out, lse, *tangents, *arguments)
-    both = kernels.backward_jvp(grad_out, *primals, out, lse, *tangents, tangent_grad_out, *arguments)
+    primals, tangents = [*map(place, call.primals)], [*map(place, call.tangents)]
+    grad_out = place(call.grad_out)
+    tangent_grad_out = place(call.tangent_grad_out) if with_tangent_grad_out else None
+    mask, tangent_mask, seeds = (
+        None if tensor is None else tensor.to(DEVICE) for tensor in (call.attn_mask, call.tangent_mask, call.options[1])
+    )
+    options = (mask, seeds, *call.options[2:])
+    out, statistics = kernels.forward(*primals, *options)
+    assert out.dtype == dtype
+    assert statistics.dtype == torch.float32
+    assert statistics.shape == (*out.shape[:-1], 2)
+    saved = (*primals, out, statistics)
+    gradients = kernels.backward(grad_out, *saved, *options)
+    tangent_out = kernels.jvp(*saved, *tangents, tangent_mask, *options)
+    directions = (*tangents, tangent_mask, tangent_grad_out)
+    both = kernels.backward_jvp(grad_out, *saved, *directions, *options)
     torch.testing.assert_close(both[0], tangent_out, rtol=0, atol=0)
-    results = {"out": out, "lse": lse, "tangent_out": tangent_out, "mu": mu}
-    names = ("query", "key", "value")
-    for name, primal, gradient, second in zip(names, primals, gradients, both[1:], strict=True):
+    seconds = both[1:]
+    if call.by_mask:
+        primals = [*primals, mask]
+        gradients = (*gradients, kernels.mask_backward(grad_out, *saved, *options))
+        seconds = (*seconds, kernels.mask_backward_jvp(grad_out, *saved, *directions, *options))
+    results = {"out": out, "tangent_out": tangent_out}
+    for name, primal, gradient, second in zip(NAMES, primals, gradients, seconds, strict=False):
         assert gradient.shape == second.shape == primal.shape
-        assert gradient.dtype == second.dtype == dtype
+        assert gradient.dtype == second.dtype == primal.dtype
         results |= {f"grad_{name}": gradient, f"tangent_grad_{name}": second}
-    assert out.dtype == tangent_out.dtype == dtype
-    assert lse.dtype == mu.dtype == torch.float32
     return {name: tensor.cpu() for name, tensor in results.items()}
 
 
-def errors(case: Case, dtype: torch.dtype, with_tangent_grad_out: bool) -> dict[str, tuple[float, float, float]]:
+def errors(call: Call, dtype: torch.dtype, with_tangent_grad_out: bool) -> dict[str, tuple[float, float, float]]:
     """Largest error of the kernels and of eager attention against float64, and the largest element, for each result."""
-    inputs = make_inputs(case, dtype)
-    exact = dense_results(inputs, torch.float64, with_tangent_grad_out)
-    eager = dense_results(inputs, dtype, with_tangent_grad_out)
-    fused = kernel_results(case, inputs, dtype, with_tangent_grad_out)
-    found = {}
-    for name, reference in exact.items():
-        assert fused[name].shape == reference.shape, name
-        finite = reference != -torch.inf  # the log-sum-exp of a row that may attend to nothing
-        assert torch.equal(fused[name] != -torch.inf, finite), name
-        assert not fused[name].isnan().any(), name
-        reference = reference[finite]
-        largest = reference.abs().max().item() if reference.numel() else 0.0
-        error, eager_error = (
-            (tensor[finite].double() - reference).abs().max().item() if reference.numel() else 0.0
-            for tensor in (fused[name], eager[name])
+    exact = dense_results(call, torch.float64, with_tangent_grad_out)
+    eager = dense_results(call, dtype, with_tangent_grad_out)
+    fused = kernel_results(call, dtype, with_tangent_grad_out)
+    assert fused.keys() == exact.keys()
+    return {
+        name: (
+            (fused[name].double() - value).abs().max().item(),
+            (eager[name].double() - value).abs().max().item(),
+            value.abs().max().item(),
         )
-        found[name] = (error, eager_error, largest)
-    return found
+        for name, value in exact.items()
+    }
 
 
 @pytest.fixture(autouse=True)
@@ -324,35 +324,90 @@ def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-def assert_close_to_exact(case: Case, dtype: torch.dtype, with_tangent_grad_out: bool) -> None:
-    for name, (error, eager_error, largest) in errors(case, dtype, with_tangent_grad_out).items():
-        allowed = ALLOWED_RATIO * eager_error + FLOOR * max(largest, 1.0)
+def assert_close_to_exact(call: Call, dtype: torch.dtype, with_tangent_grad_out: bool = True) -> None:
+    for name, (error, eager_error, largest) in errors(call, dtype, with_tangent_grad_out).items():
+        # The gradient of a mask in a lower precision than the rest is rounded to that.
+        epsilon = torch.finfo(call.attn_mask.dtype).eps if name.endswith("mask") else 0.0
+        allowed = ALLOWED_RATIO * eager_error + max(FLOOR * max(largest, 1.0), epsilon * largest)
         assert error <= allowed, f"{name}: error {error:.2e}, eager {eager_error:.2e}, largest element {largest:.2e}"
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_float32(case: Case) -> None:
-    assert_close_to_exact(case, torch.float32, with_tangent_grad_out=True)
+# The interpreter takes a second for a hundred tiles; LAYOUT_CASES cross the borders of few.
+SHARED_CASES = [case for case in ATTENTION_CASES if CUDA or case.rows * case.columns < 10_000]
+
+
+@pytest.mark.parametrize("case", SHARED_CASES, ids=lambda case: case.name)
+def test_shared_cases(case: AttentionCase, generator: torch.Generator) -> None:
+    assert_close_to_exact(call_of_shared(case, torch.float32, generator), torch.float32)
+
+
+@pytest.mark.parametrize("case", LAYOUT_CASES, ids=lambda case: case.name)
+def test_layouts_and_masks(case: LayoutCase) -> None:
+    assert_close_to_exact(call_of_layout(case, torch.float32), torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 @pytest.mark.parametrize("case", HALF_CASES, ids=lambda case: case.name)
-def test_half_precision(case: Case, dtype: torch.dtype) -> None:
-    assert_close_to_exact(case, dtype, with_tangent_grad_out=True)
+def test_half_precision(case: LayoutCase, dtype: torch.dtype) -> None:
+    assert_close_to_exact(call_of_layout(case, dtype), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_without_tangent_of_grad_out(dtype: torch.dtype) -> None:
     """None is a zero tangent: double backward."""
-    case = Case("double backward", 40, 33, is_causal=True, mask="pairs")
-    assert_close_to_exact(case, dtype, with_tangent_grad_out=False)
+    case = LayoutCase("double backward", 40, 33, mask="additive", window=(-1, 0))
+    assert_close_to_exact(call_of_layout(case, dtype), dtype, with_tangent_grad_out=False)
+
+
+def test_without_tangent_of_the_mask() -> None:
+    call = call_of_layout(LayoutCase("constant mask", 13, 17, mask="additive"), torch.float32)
+    fused = kernel_results(replace(call, tangent_mask=None), torch.float32, True)
+    zero = kernel_results(replace(call, tangent_mask=torch.zeros_like(call.attn_mask)), torch.float32, True)
+    for name, result in zero.items():
+        assert torch.equal(fused[name], result), name
+
+
+def test_a_tangent_of_the_mask_may_have_other_sizes() -> None:
+    """As under vmap, where either of the two may be the same for the whole batch."""
+    case = LayoutCase("mask and tangent", 13, 40, lead=(2, 3), mask="additive of inner lead")
+    call = call_of_layout(case, torch.float32)
+    tangent = torch.randn(2, 1, 1, 13, 1)
+    fused = kernel_results(replace(call, tangent_mask=tangent), torch.float32, True)
+    expanded = tangent.expand(2, 3, 2, 13, 40)
+    mask = call.attn_mask.expand(expanded.shape).contiguous()
+    whole = replace(call, tangent_mask=expanded.contiguous(), options=(mask, *call.options[1:]))
+    exact = dense_results(whole, torch.float64, True)
+    for name in ("tangent_grad_mask", "grad_mask"):
+        exact[name] = exact[name].sum((0, -2), keepdim=True)
+    for name, result in fused.items():
+        torch.testing.assert_close(result.double(), exact[name], rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_dropout_drops_the_weights_that_the_reference_drops() -> None:
+    """Bit by bit, in both orientations of a tile: equal weights of unit values show which of them are kept."""
+    rows, columns, probability = 40, 150, 0.6  # above one half the threshold does not fit 31 bits
+    seeds = torch.tensor([0, 2**63 - 1, 0x123456789ABCDEF])
+    query, key = torch.zeros(3, 2, rows, 4), torch.zeros(3, 2, columns, 4)
+    units, grad_out = (torch.eye(size).expand(3, 2, size, size).contiguous() for size in (columns, rows))
+    options = (None, seeds.to(DEVICE), -1, -1, probability, 1.0)
+    query, key, units, grad_out = (tensor.to(DEVICE) for tensor in (query, key, units, grad_out))
+    out, statistics = kernels.forward(query, key, units, *options)
+    keep = reference.keep_mask(seeds, 2, rows, columns, probability)
+    assert torch.equal(out.cpu() != 0, keep)
+    # The gradient of the values is the transposed weights times this identity.
+    value = torch.zeros(3, 2, columns, rows, device=DEVICE)
+    out, statistics = kernels.forward(query, key, value, *options)
+    grad_value = kernels.backward(grad_out, query, key, value, out, statistics, *options)[2]
+    assert torch.equal(grad_value.cpu().mT != 0, keep)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_a_common_offset_of_keys_costs_no_digits(dtype: torch.dtype) -> None:
     """Half-precision rounding of dS and of its tangent must not be multiplied by what all keys have in common."""
-    case = next(case for case in CASES if case.key_offset)
-    offset, centred = errors(case, dtype, True), errors(replace(case, key_offset=0.0), dtype, True)
+    case = next(case for case in LAYOUT_CASES if case.key_offset)
+    offset, centred = (
+        errors(call_of_layout(each, dtype), dtype, True) for each in (case, replace(case, key_offset=0.0))
+    )
     for name in ("grad_query", "tangent_grad_query", "tangent_out"):
         assert offset[name][0] <= 3 * centred[name][0], name
 
@@ -360,10 +415,10 @@ def test_a_common_offset_of_keys_costs_no_digits(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", ["contiguous", "sequence before heads", "leads swapped"])
 def test_results_have_the_memory_order_of_what_they_belong_to(name: str) -> None:
     query, key, value = (LAYOUTS[name](torch.randn(2, 2, 2, rows, 16)).to(DEVICE) for rows in (5, 7, 7))
-    options = (None, False, 0.25)
-    out, lse = kernels.forward(query, key, value, *options)
-    gradients = kernels.backward(out, query, key, value, out, lse, *options)
-    second = kernels.backward_jvp(out, query, key, value, out, lse, query, key, value, None, *options)
+    out, statistics = kernels.forward(query, key, value, *NO_OPTIONS)
+    saved = (out, query, key, value, out, statistics)
+    gradients = kernels.backward(*saved, *NO_OPTIONS)
+    second = kernels.backward_jvp(*saved, query, key, value, None, None, *NO_OPTIONS)
     joinable = name != "leads swapped"  # leading dimensions that cannot be joined come back contiguous
     for result, like in zip((out, *gradients, *second), (query, query, key, value) * 2, strict=True):
         assert result.stride() == (torch.empty_like(like) if joinable else like.contiguous()).stride()
@@ -371,28 +426,29 @@ def test_results_have_the_memory_order_of_what_they_belong_to(name: str) -> None
 
 def test_no_batch() -> None:
     query, key = torch.randn(0, 2, 5, 16, device=DEVICE), torch.randn(0, 2, 7, 16, device=DEVICE)
-    out, lse = kernels.forward(query, key, key, None, False, 0.25)
-    gradients = kernels.backward(out, query, key, key, out, lse, None, False, 0.25)
+    options = (torch.zeros(1, 1, 5, 7, device=DEVICE), *NO_OPTIONS[1:])
+    out, statistics = kernels.forward(query, key, key, *options)
+    gradients = kernels.backward(out, query, key, key, out, statistics, *options)
     assert out.shape == query.shape
-    assert lse.shape == (0, 2, 5)
+    assert statistics.shape == (0, 2, 5, 2)
     assert [gradient.shape for gradient in gradients] == [query.shape, key.shape, key.shape]
+    grad_mask = kernels.mask_backward(out, query, key, key, out, statistics, *options)
+    assert torch.equal(grad_mask, torch.zeros_like(options[0]))
 
 
 @pytest.mark.parametrize("mask", ["keys of a batch", "outer lead", "inner lead", "expanded", "transposed"])
 def test_masks_are_read_where_they_are(mask: str) -> None:
     """However far a mask is broadcast, the kernels read the caller's memory."""
-    case = Case("mask", 5, 9, lead=(2, 3), mask=mask)
-    tensor = MASKS[mask](case)
+    tensor = full_rank(MASKS[mask](LayoutCase("mask", 5, 9, lead=(2, 3), mask=mask)), 5)
     query, key = torch.zeros(2, 3, 2, 5, 4), torch.zeros(2, 3, 2, 9, 4)
-    described = Problem(query, key, key, tensor, False, 1.0).mask
-    assert described is not None
+    described = Problem(query, key, key, tensor, None, -1, -1, 0.0, 1.0).mask
     assert described.pointer.data_ptr() == tensor.data_ptr()
 
 
 def test_results_are_bitwise_reproducible() -> None:
-    case = Case("reproducible", 40, 70, heads=2, kv_heads=1)
-    inputs = make_inputs(case, torch.float32)
-    first, second = (kernel_results(case, inputs, torch.float32, True) for _ in range(2))
+    case = LayoutCase("reproducible", 40, 70, lead=(2,), key_heads=1, mask="additive of keys", dropout_p=0.1)
+    call = call_of_layout(case, torch.float32)
+    first, second = (kernel_results(call, torch.float32, True) for _ in range(2))
     for name, result in first.items():
         assert torch.equal(result, second[name]), name
 
@@ -405,7 +461,7 @@ def test_offsets_beyond_32_bits() -> None:
     storage = torch.zeros(2 * rows * row_stride, dtype=torch.float16, device=DEVICE)
     query = storage.as_strided((2, 1, rows, width), (rows * row_stride, width, row_stride, 1))
     query.copy_(torch.randn(query.shape))
-    options = (None, False, 0.25)
-    far, near = kernels.forward(query, query, query, *options), kernels.forward(*(query.contiguous(),) * 3, *options)
+    far = kernels.forward(query, query, query, *NO_OPTIONS)
+    near = kernels.forward(*(query.contiguous(),) * 3, *NO_OPTIONS)
     torch.testing.assert_close(far[0], near[0], rtol=0, atol=0)
     torch.testing.assert_close(far[1], near[1], rtol=0, atol=0)

@@ -9,6 +9,7 @@ from torch.func import grad, vmap
 
 import metafast
 from metafast.models import EncoderClassifier
+from metafast.ops.attention.triton import tuning
 from metafast.testing import ATTENTION_CASES, relative_error, second_order
 
 pytestmark = pytest.mark.gpu
@@ -44,6 +45,22 @@ def test_bitwise_deterministic(generator):
     first, again = (second_order(attention("fused"), inputs) for _ in range(2))
     for name, value in first.items():
         assert torch.equal(value, again[name]), name
+
+
+def test_measured_configurations_give_the_same(generator, tmp_path, monkeypatch):
+    """Whatever tiles are chosen, up to the order of sums; and the choices are kept on disk."""
+    inputs = next(case for case in ATTENTION_CASES if case.name == "dropout and bias").inputs(
+        torch.float32, generator, "cuda"
+    )
+    monkeypatch.setenv("METAFAST_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("METAFAST_AUTOTUNE", "0")
+    expected = second_order(attention("fused"), inputs)
+    space = tuning.space
+    monkeypatch.setattr(tuning, "space", lambda *arguments: space(*arguments)[:4])
+    monkeypatch.setenv("METAFAST_AUTOTUNE", "1")
+    for name, value in second_order(attention("fused"), inputs).items():
+        assert relative_error(value, expected[name]) < 1e-5, name
+    assert tuning.choices()
 
 
 @pytest.mark.parametrize("order", [1, 2])

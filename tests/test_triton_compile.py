@@ -1,4 +1,5 @@
-"""The Triton kernels of attention compile for GPUs, without one: in a fresh process, since the interpreter must be off."""
+"""The Triton kernels of attention compile for GPUs, without one, in a fresh process, since the interpreter must be off;
+and how their configurations are chosen, with a clock that is made up."""
 
 from __future__ import annotations
 
@@ -6,9 +7,13 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+from metafast.ops.attention.triton import tuning
+from metafast.ops.attention.triton.config import Config, choose_config
 
 SHARED_MEMORY = 227 * 1024  # of an H100, for one program
 KERNELS = [
@@ -18,6 +23,9 @@ KERNELS = [
     "jvp_kernel",
     "backward_jvp_query_kernel",
     "backward_jvp_key_kernel",
+    "delta_kernel",
+    "mask_backward_kernel",
+    "mask_backward_jvp_kernel",
 ]
 
 REPORT = """
@@ -28,25 +36,40 @@ print(json.dumps([row._asdict() for row in compile_kernels([90], [torch.bfloat16
 
 # Arguments that Triton turns into constants (strides, sizes and groups of one, absent tensors) compile differently.
 VARIANTS = {
-    "grouped heads, mask of one leading dimension, no tangent of grad_out": """
+    "grouped heads, additive mask of one leading dimension, causal, no tangents of mask and grad_out": """
         query, key, value = torch.zeros(2, 3, 4, 70, 64), torch.zeros(2, 3, 2, 50, 64), torch.zeros(2, 3, 2, 50, 16)
-        mask, causal, tangent_grad_out = torch.ones(3, 1, 1, 50, dtype=torch.bool), True, None
+        options, tangents = (torch.ones(1, 3, 1, 1, 50), None, -1, 0, 0.0, 1.0), (None, None)
     """,
-    "one key, width 1, additive mask of pairs": """
+    "one key, width 1, additive mask of rows, window": """
         query, key, value = torch.zeros(1, 9, 1), torch.zeros(1, 1, 1), torch.zeros(1, 1, 1)
-        mask, causal, tangent_grad_out = torch.zeros(9, 1), False, torch.zeros(1, 9, 1)
+        mask = torch.zeros(1, 9, 1)
+        options, tangents = (mask, None, 3, 2, 0.0, 1.0), (mask, torch.zeros(1, 9, 1))
+    """,
+    "dropout, one number for a mask, window": """
+        query = key = value = torch.zeros(2, 2, 200, 64, dtype=torch.float16)
+        mask, seeds = torch.zeros(1, 1, 1, 1), torch.zeros(2, dtype=torch.int64)
+        options, tangents = (mask, seeds, 30, 20, 0.7, 1.0), (mask, query)
+    """,
+    "boolean mask, dropout": """
+        query = key = value = torch.zeros(2, 2, 40, 32, dtype=torch.bfloat16)
+        mask, seeds = torch.ones(2, 1, 40, 40, dtype=torch.bool), torch.zeros(2, dtype=torch.int64)
+        options, tangents = (mask, seeds, -1, -1, 0.1, 1.0), (None, None)
     """,
 }
 COMPILE = """
 import json, torch
-from metafast.ops.attention.triton import backward, backward_jvp, forward
+from metafast.ops.attention.triton import backward, backward_jvp, forward, mask_backward, mask_backward_jvp
 from metafast.ops.attention.triton.compile import compiling_for
 {arguments}
-options = (mask, causal, 1.0)
 with compiling_for(90) as kernels:
-    out, lse = forward(query, key, value, *options)
-    backward(out, query, key, value, out, lse, *options)
-    backward_jvp(out, query, key, value, out, lse, query, key, value, tangent_grad_out, *options)
+    out, statistics = forward(query, key, value, *options)
+    saved = (out, query, key, value, out, statistics)
+    directions = (query, key, value, *tangents)
+    backward(*saved, *options)
+    backward_jvp(*saved, *directions, *options)
+    if options[0].is_floating_point():
+        mask_backward(*saved, *options)
+        mask_backward_jvp(*saved, *directions, *options)
 print(json.dumps([[kernel.metadata.name, kernel.metadata.shared] for kernel in kernels]))
 """
 
@@ -78,7 +101,8 @@ def test_every_kernel_compiles_for_hopper_without_spilling() -> None:
 def test_variants_compile(variant: str) -> None:
     arguments = "\n".join(line.strip() for line in VARIANTS[variant].strip().splitlines())
     compiled = output_of(COMPILE.format(arguments=arguments))
-    assert [name for name, _ in compiled] == KERNELS
+    without_mask_gradient = KERNELS[:6]
+    assert list(dict.fromkeys(name for name, _ in compiled)) in (KERNELS, without_mask_gradient)
     assert all(0 < shared <= SHARED_MEMORY for _, shared in compiled)
 
 
@@ -87,3 +111,119 @@ def test_the_interpreter_cannot_compile() -> None:
     finished = run(program, TRITON_INTERPRET="1")
     assert finished.returncode == 1
     assert "RuntimeError: compile_kernels: expected TRITON_INTERPRET to be unset" in finished.stderr
+
+
+KEY = tuning.Key("NVIDIA H200", "3.6.0", "jvp_kernel", "bfloat16", "ieee", 64, 64, 1024, 1024, "right")
+TABLE = Config(64, 64, 4, 2)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("METAFAST_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("METAFAST_AUTOTUNE", raising=False)
+    return tmp_path / tuning.FILE_NAME
+
+
+class Clock:
+    """A measure under which a larger tile takes less time, and one of three stages does not start."""
+
+    def __init__(self) -> None:
+        self.measured: list[Config] = []
+
+    def __call__(self, config: Config) -> float:
+        self.measured.append(config)
+        return float("inf") if config.num_stages == 3 else 1.0 / (config.query_block * config.key_block)
+
+
+def chosen(clock: Clock, key: tuning.Key = KEY) -> Config:
+    def candidates() -> list[Config]:
+        return tuning.space(key.kernel, key.head_block, key.value_block, 2, SHARED_MEMORY, TABLE)
+
+    return tuning.choose(TABLE, lambda: key, candidates, clock)
+
+
+@pytest.mark.parametrize("kernel", [name for name in KERNELS if name != "delta_kernel"])
+@pytest.mark.parametrize("width", [16, 64, 128, 256])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_a_space_begins_with_the_table_and_is_small(kernel: str, width: int, itemsize: int) -> None:
+    default = choose_config(kernel, width, itemsize, "ieee", (9, 0))
+    found = tuning.space(kernel, width, width, itemsize, SHARED_MEMORY, default)
+    assert found[0] == default
+    assert len(set(found)) == len(found) <= 37
+
+
+def test_a_space_leaves_out_what_cannot_fit() -> None:
+    wide = tuning.space("backward_jvp_key_kernel", 128, 128, 2, SHARED_MEMORY, TABLE)[1:]
+    assert wide
+    for config in wide:
+        assert 2 * 512 * (config.key_block + config.num_stages * config.query_block) <= SHARED_MEMORY
+        assert config.key_block * 256 <= 160 * 32 * config.num_warps
+    smaller = tuning.space("backward_jvp_key_kernel", 128, 128, 2, 99 * 1024, TABLE)[1:]
+    assert set(smaller) < set(wide)
+
+
+def test_nothing_is_measured_unless_asked(cache: Path) -> None:
+    clock = Clock()
+    assert chosen(clock) == TABLE
+    assert clock.measured == []
+    assert not cache.exists()
+
+
+def test_the_fastest_is_measured_once_and_kept(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setenv("METAFAST_AUTOTUNE", "1")
+    best = chosen(clock)
+    assert clock(best) == min(map(clock, list(clock.measured))) < clock(TABLE)
+    assert best.num_stages < 3
+    assert json.loads(cache.read_text()) == {KEY.text(): list(best)}
+    assert [path.name for path in cache.parent.iterdir()] == [cache.name]
+    again = Clock()
+    assert chosen(again) == best
+    assert again.measured == []
+    # A process that starts later finds the file; one that wants the table gets the table.
+    monkeypatch.delenv("METAFAST_AUTOTUNE")
+    monkeypatch.setattr(tuning, "_files", {})
+    assert chosen(again) == best
+    assert chosen(again, KEY._replace(gpu="NVIDIA A100")) == TABLE
+    monkeypatch.setenv("METAFAST_AUTOTUNE", "0")
+    assert chosen(again) == TABLE
+    assert again.measured == []
+
+
+def test_where_nothing_starts_the_table_stays() -> None:
+    candidates = [TABLE, Config(32, 32, 4, 1)]
+    assert tuning.fastest(candidates, lambda config: float("inf")) == TABLE
+
+
+def test_writers_keep_what_others_wrote(cache: Path) -> None:
+    first, second = tuning.Choices(cache), tuning.Choices(cache)
+    assert not first
+    assert not second
+    other = KEY._replace(kernel="forward_kernel")
+    first.put(KEY, TABLE)
+    second.put(other, TABLE)
+    assert tuning.Choices(cache).get(KEY) == tuning.Choices(cache).get(other) == TABLE
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"a": [64, 64, 4]}', '{"a": [64, 64, 4, "2"]}', '{"a": [64, 64, 0, 2]}']
+)
+def test_a_corrupt_file_is_ignored_with_a_warning(cache: Path, content: str) -> None:
+    cache.write_text(content)
+    unread = tuning.Choices(cache)
+    with pytest.warns(UserWarning, match="ignored, the table decides instead"):
+        assert unread.get(KEY) is None
+    with pytest.warns(UserWarning, match="ignored"):
+        unread.put(KEY, TABLE)
+    assert tuning.Choices(cache).get(KEY) == TABLE
+
+
+def test_an_unknown_mode_is_refused(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("METAFAST_AUTOTUNE", "yes")
+    with pytest.raises(ValueError, match="METAFAST_AUTOTUNE: expected 0 or 1, got 'yes'"):
+        chosen(Clock())
+
+
+@pytest.mark.parametrize(("length", "expected"), [(1, 64), (64, 64), (65, 128), (1000, 1024), (10**6, 16384)])
+def test_lengths_are_told_apart_by_powers_of_two(length: int, expected: int) -> None:
+    assert tuning.bucket(length) == expected

@@ -3,8 +3,9 @@
 # Triton types the parameters of kernels itself, and an annotation other than constexpr would say otherwise.
 """Backward pass without atomics: a kernel over blocks of queries for dQ, then one over blocks of keys for dK and dV.
 
-    P = exp(S - L),  D = rowsum(dO * O),  dS = P * (dO V^T - D),  dQ = s dS K,  dK = s dS^T Q,  dV = P^T dO
+    P = softmax(S),  D = rowsum(dO * O),  dS = P * (keep * dO V^T - D),  dQ = s dS K,  dK = s dS^T Q,  dV = (keep * P)^T dO
 
+where dropout's keep is 0 or 1 / (1 - its probability).
 The first kernel leaves D for the second (Dao, FlashAttention-2, arXiv 2307.08691, algorithm 2, split in two).
 """
 
@@ -14,17 +15,21 @@ from torch import Tensor
 
 from metafast.ops.attention.triton.common import (
     LOG2E,
-    load_normaliser,
+    dropout_factors,
+    keys_of,
+    load_softmax,
     load_statistic,
     load_tile,
     locate,
     mask_of,
     mask_scores,
     mean_of_first_rows,
+    query_blocks_of,
+    seed_of,
     store_statistic,
     store_tile,
 )
-from metafast.ops.attention.triton.launch import Problem, empty_like, matrix
+from metafast.ops.attention.triton.launch import Options, Problem, empty_like, matrix
 
 
 @triton.jit(do_not_specialize=["n_queries", "heads"])
@@ -34,10 +39,12 @@ def backward_query_kernel(
     key,
     value,
     out,
-    lse,
+    statistics,
     delta,
     grad_query,
     mask,
+    window,
+    dropout,
     n_queries,
     n_keys,
     heads,
@@ -49,38 +56,36 @@ def backward_query_kernel(
     VALUE_BLOCK: tl.constexpr,
     QUERY_BLOCK: tl.constexpr,
     KEY_BLOCK: tl.constexpr,
-    MASK: tl.constexpr,
-    CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     block, batch, head = locate(tl.cdiv(n_queries, QUERY_BLOCK), heads)
     kv_head = head // group
     first_query = block * QUERY_BLOCK
-    mask_start = mask_of(mask, batch, MASK)
+    mask_start = mask_of(mask, batch)
+    seed = seed_of(dropout, batch)
     rows = tl.arange(0, QUERY_BLOCK)[:, None]
     columns = tl.arange(0, KEY_BLOCK)[None, :]
-    end = n_keys
-    if CAUSAL:
-        end = tl.minimum(n_keys, first_query + QUERY_BLOCK)
+    start, end = keys_of(window, first_query, n_keys, QUERY_BLOCK, KEY_BLOCK)
 
     q = load_tile(query, batch, head, first_query, n_queries, QUERY_BLOCK, HEAD_DIM, HEAD_BLOCK)
     g = load_tile(grad_out, batch, head, first_query, n_queries, QUERY_BLOCK, VALUE_DIM, VALUE_BLOCK)
     o = load_tile(out, batch, head, first_query, n_queries, QUERY_BLOCK, VALUE_DIM, VALUE_BLOCK)
     d = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
     store_statistic(delta, batch, head, heads, first_query, n_queries, d, QUERY_BLOCK)
-    normaliser = load_normaliser(lse, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
+    largest, log_total = load_softmax(statistics, mask, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
     gradient = tl.zeros([QUERY_BLOCK, HEAD_BLOCK], dtype=tl.float32)
     excess = tl.zeros([QUERY_BLOCK], dtype=tl.float32)
-    for first_key in range(0, end, KEY_BLOCK):
+    for first_key in range(start, end, KEY_BLOCK):
         k = load_tile(key, batch, kv_head, first_key, n_keys, KEY_BLOCK, HEAD_DIM, HEAD_BLOCK)
         v = load_tile(value, batch, kv_head, first_key, n_keys, KEY_BLOCK, VALUE_DIM, VALUE_BLOCK)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
-        s = mask_scores(
-            s, mask, mask_start, head, rows, columns, first_query, first_key, n_queries, n_keys, MASK, CAUSAL
-        )
-        p = tl.exp2(s - normaliser[:, None])
-        ds = p * (tl.dot(g, tl.trans(v), input_precision=PRECISION) - d[:, None])
-        ds = ds.to(k.dtype)
+        s = mask_scores(s, mask, mask_start, window, head, rows, columns, first_query, first_key, n_queries, n_keys)
+        p = tl.exp2(s - largest[:, None] - log_total[:, None])
+        dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
+        if dropout.seeds is not None:
+            kept = dropout_factors(dropout, seed, head, first_query, first_key, QUERY_BLOCK, KEY_BLOCK)
+            dp *= kept
+        ds = (p * (dp - d[:, None])).to(k.dtype)
         gradient = tl.dot(ds, k, gradient, input_precision=PRECISION)
         excess += tl.sum(ds.to(tl.float32), 1)
 
@@ -96,11 +101,13 @@ def backward_key_kernel(
     query,
     key,
     value,
-    lse,
+    statistics,
     delta,
     grad_key,
     grad_value,
     mask,
+    window,
+    dropout,
     n_queries,
     n_keys,
     heads,
@@ -112,8 +119,6 @@ def backward_key_kernel(
     VALUE_BLOCK: tl.constexpr,
     QUERY_BLOCK: tl.constexpr,
     KEY_BLOCK: tl.constexpr,
-    MASK: tl.constexpr,
-    CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     # Tiles are transposed, [KEY_BLOCK, QUERY_BLOCK], so that the left operands of the products are there as they are.
@@ -121,12 +126,10 @@ def backward_key_kernel(
     first_key = block * KEY_BLOCK
     rows = tl.arange(0, QUERY_BLOCK)[None, :]
     columns = tl.arange(0, KEY_BLOCK)[:, None]
-    mask_start = mask_of(mask, batch, MASK)
-    first_block = 0
-    if CAUSAL:
-        first_block = first_key // QUERY_BLOCK
+    mask_start = mask_of(mask, batch)
+    seed = seed_of(dropout, batch)
     # One loop over the query blocks of all heads of the group; two nested ones cost more registers.
-    n_blocks = tl.maximum(tl.cdiv(n_queries, QUERY_BLOCK) - first_block, 0)
+    first_block, n_blocks = query_blocks_of(window, first_key, n_queries, QUERY_BLOCK, KEY_BLOCK)
 
     k = load_tile(key, batch, kv_head, first_key, n_keys, KEY_BLOCK, HEAD_DIM, HEAD_BLOCK)
     v = load_tile(value, batch, kv_head, first_key, n_keys, KEY_BLOCK, VALUE_DIM, VALUE_BLOCK)
@@ -137,15 +140,20 @@ def backward_key_kernel(
         first_query = (first_block + index % n_blocks) * QUERY_BLOCK
         q = load_tile(query, batch, head, first_query, n_queries, QUERY_BLOCK, HEAD_DIM, HEAD_BLOCK)
         g = load_tile(grad_out, batch, head, first_query, n_queries, QUERY_BLOCK, VALUE_DIM, VALUE_BLOCK)
-        normaliser = load_normaliser(lse, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
+        largest, log_total = load_softmax(statistics, mask, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
         d = load_statistic(delta, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)
-        s = mask_scores(
-            s, mask, mask_start, head, rows, columns, first_query, first_key, n_queries, n_keys, MASK, CAUSAL
-        )
-        p = tl.exp2(s - normaliser[None, :])
-        to_value = tl.dot(p.to(g.dtype), g, to_value, input_precision=PRECISION)
-        ds = p * (tl.dot(v, tl.trans(g), input_precision=PRECISION) - d[None, :])
+        s = mask_scores(s, mask, mask_start, window, head, rows, columns, first_query, first_key, n_queries, n_keys)
+        p = tl.exp2(s - largest[None, :] - log_total[None, :])
+        z = p
+        if dropout.seeds is not None:
+            kept = tl.trans(dropout_factors(dropout, seed, head, first_query, first_key, QUERY_BLOCK, KEY_BLOCK))
+            z = p * kept
+        to_value = tl.dot(z.to(g.dtype), g, to_value, input_precision=PRECISION)
+        dp = tl.dot(v, tl.trans(g), input_precision=PRECISION)
+        if dropout.seeds is not None:
+            dp *= kept
+        ds = p * (dp - d[None, :])
         to_key = tl.dot(ds.to(q.dtype), q, to_key, input_precision=PRECISION)
 
     store_tile(grad_key, batch, kv_head, first_key, n_keys, scale * to_key, KEY_BLOCK, HEAD_DIM, HEAD_BLOCK)
@@ -158,28 +166,36 @@ def backward(
     key: Tensor,
     value: Tensor,
     out: Tensor,
-    lse: Tensor,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
+    statistics: Tensor,
+    *options: *Options,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of attention.
 
-    Args: see the package; ``grad_out`` is the gradient of ``out``; ``out`` and ``lse`` are what :func:`forward`
-        returned.
+    Args: see the package; ``grad_out`` is the gradient of ``out``; ``out`` and ``statistics`` are what
+        :func:`forward` returned.
 
     Returns:
         ``grad_query``, ``grad_key``, ``grad_value``, shaped and typed as ``query``, ``key``, ``value``.
     """
-    problem = Problem(query, key, value, attn_mask, is_causal, scale)
+    problem = Problem(query, key, value, *options)
     grad_out, query, key, value, out = (problem.flatten(tensor) for tensor in (grad_out, query, key, value, out))
     grad_query, grad_key, grad_value = (empty_like(tensor) for tensor in (query, key, value))
     inputs = {"grad_out": matrix(grad_out), "query": matrix(query), "key": matrix(key), "value": matrix(value)}
-    statistics = {"lse": lse.contiguous(), "delta": problem.empty_statistic()}
+    of_rows = {"statistics": statistics.contiguous(), "delta": problem.empty_statistic()}
     problem.launch(
-        backward_query_kernel, "queries", **inputs, **statistics, out=matrix(out), grad_query=matrix(grad_query)
+        backward_query_kernel,
+        problem.query_programs,
+        **inputs,
+        **of_rows,
+        out=matrix(out),
+        grad_query=matrix(grad_query),
     )
     problem.launch(
-        backward_key_kernel, "keys", **inputs, **statistics, grad_key=matrix(grad_key), grad_value=matrix(grad_value)
+        backward_key_kernel,
+        problem.key_programs,
+        **inputs,
+        **of_rows,
+        grad_key=matrix(grad_key),
+        grad_value=matrix(grad_value),
     )
     return problem.unflatten(grad_query), problem.unflatten(grad_key), problem.unflatten(grad_value)

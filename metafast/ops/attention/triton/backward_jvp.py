@@ -3,11 +3,11 @@
 # Triton types the parameters of kernels itself, and an annotation other than constexpr would say otherwise.
 """Forward over reverse: tangents of the three gradients, from a kernel over queries, then one over keys.
 
-In the notation of the backward pass, with E = dO V^T - D and a dot for tangents,
+In the notation of the backward pass, with E = keep * dO V^T - D, Z = keep * P and a dot for tangents,
 
-    Ḋ = rowsum(dO * Ȯ) + rowsum(dȮ * O),  T = s (Q̇ K^T + Q K̇^T) - mu,  F = dO V̇^T + dȮ V^T - Ḋ
-    dS = P * E,  dṠ = P * (T * E + F),  Ṗ = P * T
-    dQ̇ = s (dṠ K + dS K̇),  dK̇ = s (dṠ^T Q + dS^T Q̇),  dV̇ = Ṗ^T dO + P^T dȮ
+    Ḋ = rowsum(dO * Ȯ) + rowsum(dȮ * O),  T = s (Q̇ K^T + Q K̇^T) + Ṁ - mu,  F = keep * (dO V̇^T + dȮ V^T) - Ḋ
+    dS = P * E,  dṠ = P * (T * E + F)
+    dQ̇ = s (dṠ K + dS K̇),  dK̇ = s (dṠ^T Q + dS^T Q̇),  dV̇ = (Z * T)^T dO + Z^T dȮ
 
 At the tangents (ggQ, ggK, ggV) and with dȮ = 0 these are the double-backward gradients of Q, K and V; dȮ = gO adds the
 ordinary backward pass of a gradient gO of the output.
@@ -19,18 +19,23 @@ from torch import Tensor
 
 from metafast.ops.attention.triton.common import (
     LOG2E,
-    load_normaliser,
+    dropout_factors,
+    keys_of,
+    load_mask,
+    load_softmax,
     load_statistic,
     load_tile,
     locate,
     mask_of,
     mask_scores,
     mean_of_first_rows,
+    query_blocks_of,
+    seed_of,
     store_statistic,
     store_tile,
 )
-from metafast.ops.attention.triton.jvp import jvp
-from metafast.ops.attention.triton.launch import Problem, empty_like, matrix
+from metafast.ops.attention.triton.jvp import jvp_and_mean
+from metafast.ops.attention.triton.launch import Options, Problem, empty_like, matrix
 
 
 @triton.jit(do_not_specialize=["n_queries", "heads"])
@@ -40,10 +45,11 @@ def backward_jvp_query_kernel(
     key,
     value,
     out,
-    lse,
+    statistics,
     tangent_query,
     tangent_key,
     tangent_value,
+    tangent_mask,
     tangent_out,
     tangent_grad_out,
     mu,
@@ -51,6 +57,8 @@ def backward_jvp_query_kernel(
     tangent_delta,
     tangent_grad_query,
     mask,
+    window,
+    dropout,
     n_queries,
     n_keys,
     heads,
@@ -62,19 +70,17 @@ def backward_jvp_query_kernel(
     VALUE_BLOCK: tl.constexpr,
     QUERY_BLOCK: tl.constexpr,
     KEY_BLOCK: tl.constexpr,
-    MASK: tl.constexpr,
-    CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     block, batch, head = locate(tl.cdiv(n_queries, QUERY_BLOCK), heads)
     kv_head = head // group
     first_query = block * QUERY_BLOCK
-    mask_start = mask_of(mask, batch, MASK)
+    mask_start = mask_of(mask, batch)
+    tangent_mask_start = mask_of(tangent_mask, batch)
+    seed = seed_of(dropout, batch)
     rows = tl.arange(0, QUERY_BLOCK)[:, None]
     columns = tl.arange(0, KEY_BLOCK)[None, :]
-    end = n_keys
-    if CAUSAL:
-        end = tl.minimum(n_keys, first_query + QUERY_BLOCK)
+    start, end = keys_of(window, first_query, n_keys, QUERY_BLOCK, KEY_BLOCK)
 
     q = load_tile(query, batch, head, first_query, n_queries, QUERY_BLOCK, HEAD_DIM, HEAD_BLOCK)
     tq = load_tile(tangent_query, batch, head, first_query, n_queries, QUERY_BLOCK, HEAD_DIM, HEAD_BLOCK)
@@ -88,27 +94,42 @@ def backward_jvp_query_kernel(
         td += tl.sum(tg.to(tl.float32) * o.to(tl.float32), 1)
     store_statistic(delta, batch, head, heads, first_query, n_queries, d, QUERY_BLOCK)
     store_statistic(tangent_delta, batch, head, heads, first_query, n_queries, td, QUERY_BLOCK)
-    normaliser = load_normaliser(lse, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
+    largest, log_total = load_softmax(statistics, mask, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
     mean = load_statistic(mu, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
     gradient = tl.zeros([QUERY_BLOCK, HEAD_BLOCK], dtype=tl.float32)
     excess = tl.zeros([QUERY_BLOCK], dtype=tl.float32)
     tangent_excess = tl.zeros([QUERY_BLOCK], dtype=tl.float32)
-    for first_key in range(0, end, KEY_BLOCK):
+    for first_key in range(start, end, KEY_BLOCK):
         k = load_tile(key, batch, kv_head, first_key, n_keys, KEY_BLOCK, HEAD_DIM, HEAD_BLOCK)
         tk = load_tile(tangent_key, batch, kv_head, first_key, n_keys, KEY_BLOCK, HEAD_DIM, HEAD_BLOCK)
         v = load_tile(value, batch, kv_head, first_key, n_keys, KEY_BLOCK, VALUE_DIM, VALUE_BLOCK)
         tv = load_tile(tangent_value, batch, kv_head, first_key, n_keys, KEY_BLOCK, VALUE_DIM, VALUE_BLOCK)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
-        s = mask_scores(
-            s, mask, mask_start, head, rows, columns, first_query, first_key, n_queries, n_keys, MASK, CAUSAL
-        )
-        p = tl.exp2(s - normaliser[:, None])
+        s = mask_scores(s, mask, mask_start, window, head, rows, columns, first_query, first_key, n_queries, n_keys)
+        p = tl.exp2(s - largest[:, None] - log_total[:, None])
         t = tl.dot(tq, tl.trans(k), input_precision=PRECISION)
         t = tl.dot(q, tl.trans(tk), t, input_precision=PRECISION) * scale - mean[:, None]
-        e = tl.dot(g, tl.trans(v), input_precision=PRECISION) - d[:, None]
+        if tangent_mask.pointer is not None:
+            t += load_mask(
+                tangent_mask,
+                tangent_mask_start,
+                head,
+                rows,
+                columns,
+                first_query,
+                first_key,
+                n_queries,
+                n_keys,
+            ).to(tl.float32)
+        e = tl.dot(g, tl.trans(v), input_precision=PRECISION)
         f = tl.dot(g, tl.trans(tv), input_precision=PRECISION)
         if tangent_grad_out is not None:
             f = tl.dot(tg, tl.trans(v), f, input_precision=PRECISION)
+        if dropout.seeds is not None:
+            kept = dropout_factors(dropout, seed, head, first_query, first_key, QUERY_BLOCK, KEY_BLOCK)
+            e *= kept
+            f *= kept
+        e -= d[:, None]
         ds = (p * e).to(k.dtype)
         tds = (p * (t * e + f - td[:, None])).to(k.dtype)
         gradient = tl.dot(tds, k, gradient, input_precision=PRECISION)
@@ -131,10 +152,11 @@ def backward_jvp_key_kernel(
     query,
     key,
     value,
-    lse,
+    statistics,
     tangent_query,
     tangent_key,
     tangent_value,
+    tangent_mask,
     tangent_grad_out,
     mu,
     delta,
@@ -142,6 +164,8 @@ def backward_jvp_key_kernel(
     tangent_grad_key,
     tangent_grad_value,
     mask,
+    window,
+    dropout,
     n_queries,
     n_keys,
     heads,
@@ -153,8 +177,6 @@ def backward_jvp_key_kernel(
     VALUE_BLOCK: tl.constexpr,
     QUERY_BLOCK: tl.constexpr,
     KEY_BLOCK: tl.constexpr,
-    MASK: tl.constexpr,
-    CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     # Tiles are transposed, [KEY_BLOCK, QUERY_BLOCK], so that the left operands of the products are there as they are.
@@ -162,12 +184,11 @@ def backward_jvp_key_kernel(
     first_key = block * KEY_BLOCK
     rows = tl.arange(0, QUERY_BLOCK)[None, :]
     columns = tl.arange(0, KEY_BLOCK)[:, None]
-    mask_start = mask_of(mask, batch, MASK)
-    first_block = 0
-    if CAUSAL:
-        first_block = first_key // QUERY_BLOCK
+    mask_start = mask_of(mask, batch)
+    tangent_mask_start = mask_of(tangent_mask, batch)
+    seed = seed_of(dropout, batch)
     # One loop over the query blocks of all heads of the group; two nested ones cost more registers.
-    n_blocks = tl.maximum(tl.cdiv(n_queries, QUERY_BLOCK) - first_block, 0)
+    first_block, n_blocks = query_blocks_of(window, first_key, n_queries, QUERY_BLOCK, KEY_BLOCK)
 
     k = load_tile(key, batch, kv_head, first_key, n_keys, KEY_BLOCK, HEAD_DIM, HEAD_BLOCK)
     tk = load_tile(tangent_key, batch, kv_head, first_key, n_keys, KEY_BLOCK, HEAD_DIM, HEAD_BLOCK)
@@ -181,24 +202,42 @@ def backward_jvp_key_kernel(
         q = load_tile(query, batch, head, first_query, n_queries, QUERY_BLOCK, HEAD_DIM, HEAD_BLOCK)
         tq = load_tile(tangent_query, batch, head, first_query, n_queries, QUERY_BLOCK, HEAD_DIM, HEAD_BLOCK)
         g = load_tile(grad_out, batch, head, first_query, n_queries, QUERY_BLOCK, VALUE_DIM, VALUE_BLOCK)
-        normaliser = load_normaliser(lse, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
+        largest, log_total = load_softmax(statistics, mask, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
         mean = load_statistic(mu, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
         d = load_statistic(delta, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
         td = load_statistic(tangent_delta, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)
-        s = mask_scores(
-            s, mask, mask_start, head, rows, columns, first_query, first_key, n_queries, n_keys, MASK, CAUSAL
-        )
-        p = tl.exp2(s - normaliser[None, :])
+        s = mask_scores(s, mask, mask_start, window, head, rows, columns, first_query, first_key, n_queries, n_keys)
+        p = tl.exp2(s - largest[None, :] - log_total[None, :])
         t = tl.dot(k, tl.trans(tq), input_precision=PRECISION)
         t = tl.dot(tk, tl.trans(q), t, input_precision=PRECISION) * scale - mean[None, :]
-        to_value = tl.dot((p * t).to(g.dtype), g, to_value, input_precision=PRECISION)
-        e = tl.dot(v, tl.trans(g), input_precision=PRECISION) - d[None, :]
+        if tangent_mask.pointer is not None:
+            t += load_mask(
+                tangent_mask,
+                tangent_mask_start,
+                head,
+                rows,
+                columns,
+                first_query,
+                first_key,
+                n_queries,
+                n_keys,
+            ).to(tl.float32)
+        z = p
+        if dropout.seeds is not None:
+            kept = tl.trans(dropout_factors(dropout, seed, head, first_query, first_key, QUERY_BLOCK, KEY_BLOCK))
+            z = p * kept
+        to_value = tl.dot((z * t).to(g.dtype), g, to_value, input_precision=PRECISION)
+        e = tl.dot(v, tl.trans(g), input_precision=PRECISION)
         f = tl.dot(tv, tl.trans(g), input_precision=PRECISION)
         if tangent_grad_out is not None:
             tg = load_tile(tangent_grad_out, batch, head, first_query, n_queries, QUERY_BLOCK, VALUE_DIM, VALUE_BLOCK)
             f = tl.dot(v, tl.trans(tg), f, input_precision=PRECISION)
-            to_value = tl.dot(p.to(tg.dtype), tg, to_value, input_precision=PRECISION)
+            to_value = tl.dot(z.to(tg.dtype), tg, to_value, input_precision=PRECISION)
+        if dropout.seeds is not None:
+            e *= kept
+            f *= kept
+        e -= d[None, :]
         tds = p * (t * e + f - td[None, :])
         to_key = tl.dot(tds.to(q.dtype), q, to_key, input_precision=PRECISION)
         to_key = tl.dot((p * e).to(q.dtype), tq, to_key, input_precision=PRECISION)
@@ -213,28 +252,28 @@ def backward_jvp(
     key: Tensor,
     value: Tensor,
     out: Tensor,
-    lse: Tensor,
+    statistics: Tensor,
     tangent_query: Tensor,
     tangent_key: Tensor,
     tangent_value: Tensor,
+    tangent_mask: Tensor | None,
     tangent_grad_out: Tensor | None,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
+    *options: *Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Jacobian–vector product of the pair (attention, its backward pass).
 
-    Args: see the package; tangents are shaped and typed as what they are tangents of, ``out`` and ``lse`` are what
-        :func:`forward` returned. ``tangent_grad_out`` None means zero.
+    Args: see the package; tangents are shaped and typed as what they are tangents of, ``out`` and ``statistics`` are what
+        :func:`forward` returned. ``tangent_mask`` is shaped like an additive mask, though not necessarily like this one;
+        it and ``tangent_grad_out`` may be None for zero.
 
     Returns:
         ``tangent_out``, ``tangent_grad_query``, ``tangent_grad_key``, ``tangent_grad_value``, shaped and typed as
         ``out``, ``query``, ``key``, ``value``.
     """
-    tangent_out, mu = jvp(
-        query, key, value, out, lse, tangent_query, tangent_key, tangent_value, attn_mask, is_causal, scale
+    problem = Problem(query, key, value, *options)
+    tangent_out, mu = jvp_and_mean(
+        problem, query, key, value, out, statistics, tangent_query, tangent_key, tangent_value, tangent_mask
     )
-    problem = Problem(query, key, value, attn_mask, is_causal, scale)
     query, key, value = (problem.flatten(tensor) for tensor in (query, key, value))
     grad_query, grad_key, grad_value = (empty_like(tensor) for tensor in (query, key, value))
     inputs = {
@@ -245,15 +284,16 @@ def backward_jvp(
         "tangent_query": matrix(problem.flatten(tangent_query)),
         "tangent_key": matrix(problem.flatten(tangent_key)),
         "tangent_value": matrix(problem.flatten(tangent_value)),
+        "tangent_mask": problem.describe_mask(tangent_mask),
         "tangent_grad_out": None if tangent_grad_out is None else matrix(problem.flatten(tangent_grad_out)),
-        "lse": lse.contiguous(),
+        "statistics": statistics.contiguous(),
         "mu": mu,
         "delta": problem.empty_statistic(),
         "tangent_delta": problem.empty_statistic(),
     }
     problem.launch(
         backward_jvp_query_kernel,
-        "queries",
+        problem.query_programs,
         **inputs,
         out=matrix(problem.flatten(out)),
         tangent_out=matrix(problem.flatten(tangent_out)),
@@ -261,7 +301,7 @@ def backward_jvp(
     )
     problem.launch(
         backward_jvp_key_kernel,
-        "keys",
+        problem.key_programs,
         **inputs,
         tangent_grad_key=matrix(grad_key),
         tangent_grad_value=matrix(grad_value),

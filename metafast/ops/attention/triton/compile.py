@@ -18,7 +18,15 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from metafast.ops.attention.triton import backward, backward_jvp, forward
+from metafast.ops.attention.triton import (
+    Options,
+    backward,
+    backward_jvp,
+    forward,
+    mask_backward,
+    mask_backward_jvp,
+)
+from metafast.ops.attention.triton.config import Config
 from metafast.ops.attention.triton.launch import Device, executor
 
 ARCHITECTURES = (80, 90, 100)
@@ -64,6 +72,9 @@ class _Target(Device):
     def capability(self, device: torch.device) -> tuple[int, int] | None:
         return divmod(self.arch, 10)
 
+    def configure(self, default: Config, device: torch.device, *_: Any) -> Config:
+        return default
+
     def launch(self, kernel: Any, programs: int, arguments: dict[str, Any], device: torch.device) -> None:
         self.kernels.append(kernel.warmup(grid=(programs,), **arguments))
 
@@ -89,15 +100,16 @@ def compile_kernels(
     architectures: Iterable[int] = ARCHITECTURES,
     dtypes: Iterable[torch.dtype] = DTYPES,
     head_dims: Iterable[int] = HEAD_DIMS,
-    is_causal: bool = True,
+    everything: bool = False,
 ) -> Iterator[Compiled]:
-    """One row for each kernel, architecture, dtype and head dimension.
+    """One row for each kernel, architecture, dtype and head dimension, of causal attention without a mask; the kernels
+    for the gradient of a mask have one.
 
     Args:
         architectures: compute capabilities, such as 90 for sm_90.
         dtypes: dtypes of query, key and value.
         head_dims: dimensions of a head, of values too.
-        is_causal: whether attention is causal; there is no mask.
+        everything: with an additive mask, its tangent, dropout and a window instead of a causal one.
 
     Raises:
         RuntimeError: Triton's interpreter is on, so that there is nothing to compile.
@@ -107,17 +119,39 @@ def compile_kernels(
     for arch in architectures:
         for dtype in dtypes:
             for head_dim in head_dims:
-                tensor = torch.zeros(1, 4, 128, head_dim, dtype=dtype)
-                options = (None, is_causal, head_dim**-0.5)
                 with compiling_for(arch) as kernels:
-                    out, lse = forward(tensor, tensor, tensor, *options)
-                    backward(tensor, tensor, tensor, tensor, out, lse, *options)
-                    backward_jvp(tensor, tensor, tensor, tensor, out, lse, tensor, tensor, tensor, tensor, *options)
-                for compiled in kernels:
+                    _call_ops(dtype, head_dim, everything)
+                dtype_name = str(dtype).removeprefix("torch.")
+                for name, compiled in _first_of_each(kernels).items():
                     registers, spills = resources(compiled)
-                    name, dtype_name = compiled.metadata.name, str(dtype).removeprefix("torch.")
                     shared = compiled.metadata.shared
                     yield Compiled(name, f"sm_{arch}", dtype_name, head_dim, registers, spills, shared)
+
+
+def _call_ops(dtype: torch.dtype, head_dim: int, everything: bool) -> None:
+    tensor, scale = torch.zeros(1, 4, 512, head_dim, dtype=dtype), head_dim**-0.5
+    mask, seeds = torch.zeros(1, 4, 512, 512, dtype=dtype), torch.zeros(1, dtype=torch.int64)
+    masked: Options = (mask, seeds, 70, 30, 0.1, scale) if everything else (mask, None, -1, 0, 0.0, scale)
+    options = masked if everything else (None, *masked[1:])
+    out, statistics = forward(tensor, tensor, tensor, *options)
+    saved = (tensor, tensor, tensor, tensor, out, statistics)
+    # Mypy does not count the arguments of several tuples in one call.
+    calls: tuple[tuple[Any, tuple[Any, ...]], ...] = (
+        (backward, options),
+        (backward_jvp, (tensor, tensor, tensor, mask if everything else None, tensor, *options)),
+        (mask_backward, masked),
+        (mask_backward_jvp, (tensor, tensor, tensor, mask, tensor, *masked)),
+    )
+    for op, rest in calls:
+        op(*saved, *rest)
+
+
+def _first_of_each(kernels: list[Any]) -> dict[str, Any]:
+    """By name: the passes for masks repeat the JVP, with a mask then."""
+    first: dict[str, Any] = {}
+    for compiled in kernels:
+        first.setdefault(compiled.metadata.name, compiled)
+    return first
 
 
 def print_report(rows: Iterable[Compiled]) -> None:

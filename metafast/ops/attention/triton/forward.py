@@ -8,16 +8,18 @@ import triton.language as tl
 from torch import Tensor
 
 from metafast.ops.attention.triton.common import (
-    LN2,
     LOG2E,
+    dropout_factors,
+    keys_of,
     load_tile,
     locate,
     mask_of,
     mask_scores,
-    store_statistic,
+    seed_of,
+    store_softmax,
     store_tile,
 )
-from metafast.ops.attention.triton.launch import Problem, empty_like, matrix
+from metafast.ops.attention.triton.launch import Options, Problem, empty_like, matrix
 
 
 @triton.jit(do_not_specialize=["n_queries", "heads"])
@@ -26,8 +28,10 @@ def forward_kernel(
     key,
     value,
     out,
-    lse,
+    statistics,
     mask,
+    window,
+    dropout,
     n_queries,
     n_keys,
     heads,
@@ -39,36 +43,34 @@ def forward_kernel(
     VALUE_BLOCK: tl.constexpr,
     QUERY_BLOCK: tl.constexpr,
     KEY_BLOCK: tl.constexpr,
-    MASK: tl.constexpr,
-    CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     block, batch, head = locate(tl.cdiv(n_queries, QUERY_BLOCK), heads)
     kv_head = head // group
     first_query = block * QUERY_BLOCK
-    mask_start = mask_of(mask, batch, MASK)
+    mask_start = mask_of(mask, batch)
+    seed = seed_of(dropout, batch)
     rows = tl.arange(0, QUERY_BLOCK)[:, None]
     columns = tl.arange(0, KEY_BLOCK)[None, :]
-    end = n_keys
-    if CAUSAL:
-        end = tl.minimum(n_keys, first_query + QUERY_BLOCK)
+    start, end = keys_of(window, first_query, n_keys, QUERY_BLOCK, KEY_BLOCK)
 
     q = load_tile(query, batch, head, first_query, n_queries, QUERY_BLOCK, HEAD_DIM, HEAD_BLOCK)
     largest = tl.full([QUERY_BLOCK], float("-inf"), dtype=tl.float32)
     total = tl.zeros([QUERY_BLOCK], dtype=tl.float32)
     weighted = tl.zeros([QUERY_BLOCK, VALUE_BLOCK], dtype=tl.float32)
-    for first_key in range(0, end, KEY_BLOCK):
+    for first_key in range(start, end, KEY_BLOCK):
         k = load_tile(key, batch, kv_head, first_key, n_keys, KEY_BLOCK, HEAD_DIM, HEAD_BLOCK)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
-        s = mask_scores(
-            s, mask, mask_start, head, rows, columns, first_query, first_key, n_queries, n_keys, MASK, CAUSAL
-        )
+        s = mask_scores(s, mask, mask_start, window, head, rows, columns, first_query, first_key, n_queries, n_keys)
         now_largest = tl.maximum(largest, tl.max(s, 1))
         # A row without any key so far has only -inf, and -inf - (-inf) would be NaN.
         shift = tl.where(now_largest == float("-inf"), 0.0, now_largest)
         p = tl.exp2(s - shift[:, None])
         decay = tl.exp2(largest - shift)
         total = total * decay + tl.sum(p, 1)
+        if dropout.seeds is not None:
+            kept = dropout_factors(dropout, seed, head, first_query, first_key, QUERY_BLOCK, KEY_BLOCK)
+            p *= kept
         v = load_tile(value, batch, kv_head, first_key, n_keys, KEY_BLOCK, VALUE_DIM, VALUE_BLOCK)
         weighted = tl.dot(p.to(v.dtype), v, weighted * decay[:, None], input_precision=PRECISION)
         largest = now_largest
@@ -77,31 +79,31 @@ def forward_kernel(
     total = tl.where(empty, 1.0, total)
     weighted = weighted / total[:, None]
     store_tile(out, batch, head, first_query, n_queries, weighted, QUERY_BLOCK, VALUE_DIM, VALUE_BLOCK)
-    normaliser = tl.where(empty, float("-inf"), (largest + tl.log2(total)) * LN2)
-    store_statistic(lse, batch, head, heads, first_query, n_queries, normaliser, QUERY_BLOCK)
+    largest = tl.where(empty, float("inf"), largest)
+    store_softmax(statistics, batch, head, heads, first_query, n_queries, largest, tl.log2(total), QUERY_BLOCK)
 
 
-def forward(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Attention and the log-sum-exp of its scores.
+def forward(query: Tensor, key: Tensor, value: Tensor, *options: *Options) -> tuple[Tensor, Tensor]:
+    """Attention and the statistics of its softmax.
 
     Args: see the package.
 
     Returns:
         ``out`` ``[*lead, Hq, Nq, Dv]`` in the dtype of ``query`` and, where ``Dv == D``, in its memory order;
-        ``lse`` ``[*lead, Hq, Nq]``, float32, -inf for rows that may attend to nothing (their ``out`` is zero).
+        ``statistics`` ``[*lead, Hq, Nq, 2]``, float32, for the other ops alone: the largest score of each row and log2 of
+        the sum of its exponentials relative to that, scores being in base 2; (inf, 0) for rows that may attend to
+        nothing, whose ``out`` is zero.
     """
-    problem = Problem(query, key, value, attn_mask, is_causal, scale)
+    problem = Problem(query, key, value, *options)
     query, key, value = (problem.flatten(tensor) for tensor in (query, key, value))
-    out, lse = empty_like(query, problem.value_dim), problem.empty_statistic()
+    out, statistics = empty_like(query, problem.value_dim), problem.empty_statistic(2)
     problem.launch(
         forward_kernel,
-        "queries",
+        problem.query_programs,
         query=matrix(query),
         key=matrix(key),
         value=matrix(value),
         out=matrix(out),
-        lse=lse,
+        statistics=statistics,
     )
-    return problem.unflatten(out), lse
+    return problem.unflatten(out), statistics

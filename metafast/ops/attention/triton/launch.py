@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from triton.errors import TritonError
 
-from metafast.ops.attention.triton.common import Mask, Matrix
-from metafast.ops.attention.triton.config import choose_config
+from metafast.ops.attention.triton import tuning
+from metafast.ops.attention.triton.common import Dropout, Mask, Matrix, Window
+from metafast.ops.attention.triton.config import Config, choose_config
 
 # Offsets inside a tile are computed in 32 bits: larger strides between rows would overflow in a tile of 128 rows.
 LARGEST_ROW_STRIDE = 2**23
@@ -30,27 +33,66 @@ class Device:
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             kernel[(programs,)](**arguments)
 
+    def configure(
+        self,
+        default: Config,
+        device: torch.device,
+        describe: Callable[[str], tuning.Key],
+        candidates: Callable[[int], list[Config]],
+        run: Callable[[Config], None],
+    ) -> Config:
+        """The table's configuration, or what was measured on this kind of GPU: see ``tuning.py``.
+
+        Args:
+            describe: the key of a launch on a GPU of that name.
+            candidates: configurations for a GPU with that many bytes of shared memory a program.
+            run: launches in a configuration; what a kernel writes is the same whenever it is repeated.
+        """
+        if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+            return default
+        return tuning.choose(
+            default,
+            lambda: describe(torch.cuda.get_device_name(device)),
+            lambda: candidates(_shared_memory(device)),
+            lambda config: _milliseconds(functools.partial(run, config)),
+        )
+
 
 # The compile report puts a GPU that need not be there in its place.
 executor: ContextVar[Device] = ContextVar("executor", default=Device())  # noqa: B039 - it has no state
 
 
+# attn_mask, seeds, left, right, dropout_p, scale: see the package.
+Options = tuple[Tensor | None, Tensor | None, int, int, float, float]
+_LAST_WORD = 2**32 - 1
+
+
 class Problem:
-    """One call of attention: its sizes, its mask, and how its tensors are flattened to ``[batch, head, row, column]``.
+    """One call of attention: its sizes, its options, and how its tensors are flattened to ``[batch, head, row, column]``.
 
     Args: as of the raw ops (see the package).
     """
 
-    def __init__(
-        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float
-    ) -> None:
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor, *options: *Options) -> None:
+        attn_mask, seeds, left, right, dropout_p, scale = options
         *self.lead, self.heads, self.n_queries, self.head_dim = query.shape
         self.kv_heads, self.n_keys, self.value_dim = value.shape[-3:]
+        self.head_block, self.value_block = (
+            max(16, triton.next_power_of_2(width)) for width in (self.head_dim, self.value_dim)
+        )
         self.batches = math.prod(self.lead)
         self.dtype, self.device = query.dtype, query.device
-        self.scale, self.is_causal = float(scale), bool(is_causal)
-        self.mask = None if attn_mask is None else self._mask(attn_mask)
-        self.mask_kind = "none" if attn_mask is None else "boolean" if attn_mask.dtype == torch.bool else "additive"
+        self.scale = float(scale)
+        self.mask = self.describe_mask(attn_mask)
+        # A side that limits nothing is none: the kernels have no code for it.
+        self.window = Window(
+            left if 0 <= left < self.n_queries - 1 else None, right + 1 if 0 <= right < self.n_keys - 1 else None
+        )
+        self.dropout = Dropout(None, None, None)
+        if seeds is not None:
+            threshold = min(round(dropout_p * 2**32), _LAST_WORD)
+            factor = 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else math.inf
+            self.dropout = Dropout(seeds.reshape(-1).contiguous(), threshold, factor)
 
     def flatten(self, tensor: Tensor) -> Tensor:
         """``[*lead, heads, rows, columns]`` as ``[batch, heads, rows, columns]``; copied if kernels cannot read it."""
@@ -62,60 +104,100 @@ class Problem:
     def unflatten(self, tensor: Tensor) -> Tensor:
         return tensor.view(*self.lead, *tensor.shape[1:])
 
-    def empty_statistic(self) -> Tensor:
-        """One float32 a query: ``[*lead, heads, n_queries]``."""
-        return torch.empty(*self.lead, self.heads, self.n_queries, dtype=torch.float32, device=self.device)
+    def empty_statistic(self, *numbers: int) -> Tensor:
+        """One float32 a query, or several: ``[*lead, heads, n_queries, *numbers]``."""
+        return torch.empty(*self.lead, self.heads, self.n_queries, *numbers, dtype=torch.float32, device=self.device)
 
-    def launch(self, kernel: Any, rows: str, **arguments: Any) -> None:
-        """Starts ``kernel``, one program a block of queries or, where ``rows`` is ``"keys"``, of keys.
+    def query_programs(self, config: Config) -> int:
+        """One program a block of queries of each head."""
+        return self.batches * self.heads * triton.cdiv(self.n_queries, config.query_block)
+
+    def key_programs(self, config: Config) -> int:
+        """One program a block of keys of each of their heads."""
+        return self.batches * self.kv_heads * triton.cdiv(self.n_keys, config.key_block)
+
+    def launch(self, kernel: Any, programs: Callable[[Config], int], **arguments: Any) -> None:
+        """Starts ``kernel`` as its configuration says.
 
         Args:
-            rows: ``"queries"`` or ``"keys"``.
+            programs: their number in a configuration.
             arguments: the kernel's own; what all kernels have in common is added here.
         """
-        place = executor.get()
-        head_block, value_block = (max(16, triton.next_power_of_2(width)) for width in (self.head_dim, self.value_dim))
-        width, precision = max(head_block, value_block), _dot_precision(self.dtype)
-        config = choose_config(kernel.__name__, width, self.dtype.itemsize, precision, place.capability(self.device))
-        if rows == "queries":
-            programs = self.batches * self.heads * triton.cdiv(self.n_queries, config.query_block)
-        else:
-            programs = self.batches * self.kv_heads * triton.cdiv(self.n_keys, config.key_block)
-        if programs == 0:
-            return
-        place.launch(
-            kernel,
-            programs,
-            arguments
-            | {
-                "mask": self.mask,
-                "n_queries": self.n_queries,
-                "n_keys": self.n_keys,
-                "heads": self.heads,
-                "group": self.heads // self.kv_heads,
-                "scale": self.scale,
-                "HEAD_DIM": self.head_dim,
-                "VALUE_DIM": self.value_dim,
-                "HEAD_BLOCK": head_block,
-                "VALUE_BLOCK": value_block,
-                "QUERY_BLOCK": config.query_block,
-                "KEY_BLOCK": config.key_block,
-                "MASK": self.mask_kind,
-                "CAUSAL": self.is_causal,
-                "PRECISION": precision,
-                "num_warps": config.num_warps,
-                "num_stages": config.num_stages,
-            },
-            self.device,
+        precision = _dot_precision(self.dtype)
+        width, capability = max(self.head_block, self.value_block), executor.get().capability(self.device)
+        name, itemsize, widths = kernel.__name__, self.dtype.itemsize, (self.head_block, self.value_block)
+        default = choose_config(name, width, itemsize, precision, capability)
+
+        def run(config: Config) -> None:
+            self.start(
+                kernel,
+                programs(config),
+                **arguments,
+                mask=self.mask,
+                window=self.window,
+                dropout=self.dropout,
+                n_queries=self.n_queries,
+                n_keys=self.n_keys,
+                heads=self.heads,
+                group=self.heads // self.kv_heads,
+                scale=self.scale,
+                HEAD_DIM=self.head_dim,
+                VALUE_DIM=self.value_dim,
+                HEAD_BLOCK=self.head_block,
+                VALUE_BLOCK=self.value_block,
+                QUERY_BLOCK=config.query_block,
+                KEY_BLOCK=config.key_block,
+                PRECISION=precision,
+                num_warps=config.num_warps,
+                num_stages=config.num_stages,
+            )
+
+        run(
+            executor.get().configure(
+                default,
+                self.device,
+                lambda gpu: self._key(gpu, name, precision, arguments),
+                lambda shared: tuning.space(name, *widths, itemsize, shared, default),
+                run,
+            )
         )
 
-    def _mask(self, mask: Tensor) -> Mask:
+    def _key(self, gpu: str, kernel: str, precision: str, arguments: dict[str, Any]) -> tuning.Key:
+        """What the choice of a configuration depends on."""
+        mask = self.mask.pointer
+        flags = {
+            "left": self.window.left is not None,
+            "right": self.window.end is not None,
+            "additive" if mask is not None and mask.is_floating_point() else "boolean": mask is not None,
+            "dropout": self.dropout.seeds is not None,
+            "grouped": self.heads > self.kv_heads,
+            "tangent_grad_out": arguments.get("tangent_grad_out") is not None,
+        }
+        return tuning.Key(
+            gpu,
+            triton.__version__,
+            kernel,
+            str(self.dtype).removeprefix("torch."),
+            precision,
+            self.head_block,
+            self.value_block,
+            tuning.bucket(self.n_queries),
+            tuning.bucket(self.n_keys),
+            ",".join(flag for flag, is_on in flags.items() if is_on),
+        )
+
+    def start(self, kernel: Any, programs: int, **arguments: Any) -> None:
+        """Starts ``kernel`` with these arguments and no others, unless there is nothing to do."""
+        if programs > 0:
+            executor.get().launch(kernel, programs, arguments, self.device)
+
+    def describe_mask(self, mask: Tensor | None) -> Mask:
         """The mask without its broadcast dimensions, its leading ones joined to one; it is never expanded."""
-        full = (*self.lead, self.heads, self.n_queries, self.n_keys)
+        if mask is None:
+            return Mask(*(None,) * len(Mask._fields))
         for dim in range(mask.dim()):
             if mask.stride(dim) == 0:
                 mask = mask.narrow(dim, 0, 1)
-        mask = mask[(None,) * (len(full) - mask.dim())]
         lead, sizes = mask.shape[:-3], mask.shape[-3:]
         mask = mask.reshape(-1, *sizes)
         if any(
@@ -149,6 +231,20 @@ def empty_like(tensor: Tensor, columns: int | None = None) -> Tensor:
 def _dot_precision(dtype: torch.dtype) -> str:
     tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if tf32 else "ieee"
+
+
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that a program may have, as Triton itself asks for them."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return int(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"])
+
+
+def _milliseconds(run: Callable[[], None]) -> float:
+    """Median time of a launch; infinite where the GPU cannot hold what it needs or the compiler refuses."""
+    try:
+        return float(triton.testing.do_bench(run, warmup=10, rep=50, return_mode="median"))
+    except TritonError:
+        return math.inf
 
 
 @functools.cache
