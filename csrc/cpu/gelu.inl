@@ -21,7 +21,8 @@ void double_backward(int64_t n, const REAL* __restrict grad, const REAL* __restr
                      REAL* __restrict by_grad, REAL* __restrict by_x) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const REAL square = x[i] * x[i];
+    // Where the density is 0 to any precision the square may be infinite.
+    const REAL square = x[i] * x[i] < REAL(1e8) ? x[i] * x[i] : REAL(1e8);
     const REAL density = exp_nonpositive(REAL(-0.5) * square) * REAL(0.3989422804014326779);
     const REAL first = REAL(0.5) + REAL(0.5) * error_function(x[i] * REAL(0.7071067811865475244)) + x[i] * density;
     by_grad[i] = tangent[i] * first;

@@ -51,10 +51,22 @@ def all_batched(outputs: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[
     return outputs, (0,) * len(outputs)
 
 
+def is_forward_over_forward() -> bool:
+    """Whether forward mode is being taken inside forward mode (``jacfwd(jacfwd(f))``).
+
+    Torch differentiates what a Function's ``jvp`` computes as if it were constant there: the result would be wrong, silently.
+    """
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    return sum(level.key() == torch._C._functorch.TransformType.Jvp for level in stack) > 1
+
+
 def has_cpu_kernels(*tensors: Tensor) -> bool:
     """Whether the small ops that only ``accelerate`` swaps in run their kernels on these tensors, and torch's own elsewhere.
 
-    float32 or float64, one dtype, on the CPU, with the extension loaded, and the reference backend not asked for.
+    float32 or float64, one dtype, on the CPU, with the extension loaded, and the reference backend not asked for. Nor does
+    forward mode over forward mode run them.
     """
     dtype = tensors[0].dtype
     return (
@@ -62,5 +74,6 @@ def has_cpu_kernels(*tensors: Tensor) -> bool:
         and all(tensor.dtype == dtype and tensor.device.type == "cpu" for tensor in tensors)
         and not torch.compiler.is_compiling()
         and requested_backend() != "reference"
+        and not is_forward_over_forward()
         and extension() is not None
     )

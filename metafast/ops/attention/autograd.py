@@ -204,11 +204,9 @@ class AttentionJvp(Function):
         )
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        raise NotImplementedError(
-            "metafast attention: forward mode over forward mode has no fused kernel; take the inner derivative in "
-            'reverse mode (torch.func.grad, vjp), or use backend="reference"'
-        )
+    def jvp(ctx: Any, *tangents: Any) -> NoReturn:
+        # Unreachable from the public function, see validation.py.
+        raise NotImplementedError("metafast attention: forward mode over forward mode has no fused kernel")
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:

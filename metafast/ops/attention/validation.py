@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from metafast.backend import extension_problem, triton_problem
+from metafast.ops.functions import is_forward_over_forward
 
 FUSED_DTYPES = {
     "cpu": (torch.float16, torch.bfloat16, torch.float32, torch.float64),
@@ -125,6 +126,8 @@ def reasons_against_fused(query: Tensor, value: Tensor) -> list[str]:
         reasons.append(problem)
     if device == "cuda" and max(query.shape[-1], value.shape[-1]) > MAX_CUDA_HEAD_DIM:
         reasons.append(f"head dimensions over {MAX_CUDA_HEAD_DIM}")
+    if is_forward_over_forward():
+        reasons.append("forward mode over forward mode (take one of the derivatives in reverse mode)")
     return reasons
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from metafast.ops.functions import with_signature
+from metafast.ops.functions import is_forward_over_forward, with_signature
 
 _torch_linear = torch.nn.functional.linear
 
@@ -24,7 +24,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         ``[*, out]``.
     """
-    if weight.ndim != 2 or not torch._C._are_functorch_transforms_active():
+    if weight.ndim != 2 or not torch._C._are_functorch_transforms_active() or is_forward_over_forward():
         return _torch_linear(input, weight, bias)
     return _Linear.apply(input, weight, bias)
 
