@@ -22,8 +22,9 @@ $(VENV)/.installed: $(VENV)/.requirements $(CSRC)
 demo: install
 	$(RUN) -m metafast demo
 
+# A process a core, each with one thread: threads of several processes would only wait for each other.
 test: install
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto
 
 lint: install
 	$(RUN) -m ruff check .

@@ -71,14 +71,29 @@ def test_float64_to_second_order(case: AttentionCase, generator: torch.Generator
         assert relative_error(value, expected[name]) < 1e-12, name
 
 
+def errors_and_bars(
+    case: AttentionCase, dtype: torch.dtype, generator: torch.Generator
+) -> dict[str, tuple[float, float]]:
+    """Of every output the error of the fused path and twice that of eager attention, both against float64.
+
+    Over several draws together: where a result is a few numbers, eager attention is now and then exact by luck.
+    """
+    errors: dict[str, list[tuple[float, float]]] = {}
+    for _ in range(4):
+        inputs = case.inputs(dtype, generator)
+        exact = second_order(attention("reference"), inputs.to(torch.float64))
+        eager = second_order(attention("reference"), inputs)
+        for name, value in second_order(attention("fused"), inputs).items():
+            assert value.dtype == dtype
+            pair = relative_error(value, exact[name]), 2 * relative_error(eager[name], exact[name])
+            errors.setdefault(name, []).append(pair)
+    return {name: tuple(math.hypot(*side) / 2 for side in zip(*pairs, strict=True)) for name, pairs in errors.items()}
+
+
 @CASES
 def test_float32_is_as_good_as_eager(case: AttentionCase, generator: torch.Generator) -> None:
-    inputs = case.inputs(torch.float32, generator)
-    exact = second_order(attention("reference"), inputs.to(torch.float64))
-    eager = second_order(attention("reference"), inputs)
-    for name, value in second_order(attention("fused"), inputs).items():
-        error, bar = relative_error(value, exact[name]), 2 * relative_error(eager[name], exact[name])
-        # Where eager is exact to the last bit, by luck or because nothing is summed, rounding is still allowed.
+    for name, (error, bar) in errors_and_bars(case, torch.float32, generator).items():
+        # Where eager is exact because nothing is summed, rounding is still allowed.
         assert error <= bar + 2 * torch.finfo(torch.float32).eps, name
 
 
@@ -87,12 +102,7 @@ def test_float32_is_as_good_as_eager(case: AttentionCase, generator: torch.Gener
 def test_half_is_as_good_as_eager(case: AttentionCase, dtype: torch.dtype, generator: torch.Generator) -> None:
     if case.mask == "lowest" and dtype == torch.float16:
         pytest.skip("the lowest float32 is -inf in float16")
-    inputs = case.inputs(dtype, generator)
-    exact = second_order(attention("reference"), inputs.to(torch.float64))
-    eager = second_order(attention("reference"), inputs)
-    for name, value in second_order(attention("fused"), inputs).items():
-        assert value.dtype == dtype
-        error, bar = relative_error(value, exact[name]), 2 * relative_error(eager[name], exact[name])
+    for name, (error, bar) in errors_and_bars(case, dtype, generator).items():
         assert error <= bar + 2 * torch.finfo(dtype).eps, name
 
 

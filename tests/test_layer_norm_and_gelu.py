@@ -30,7 +30,6 @@ def composed_norm(x, weight, bias):
     return centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight + bias
 
 
-
 # Ours, torch's, and the shapes of the arguments, without tasks.
 OPS = {
     "gelu": (gelu, F.gelu, ((3, 5, 7),)),
@@ -108,11 +107,9 @@ def transforms(op, shapes):
         "grad": lambda x, t: grad(loss, indices)(*(y[0] for y in x)),
         "vmap(grad)": lambda x, t: vmap(grad(loss, indices))(*x),
         "vmap(vmap)": lambda x, t: vmap(vmap(op))(*(y.expand(2, *y.shape) for y in x)),
-        "vmap(grad), first argument shared": lambda x, t: vmap(grad(loss, indices), (None, *(0,) * (len(x) - 1)))(
-            x[0][0], *x[1:]
-        )
-        if len(x) > 1
-        else x,
+        "vmap(grad), first argument shared": lambda x, t: (
+            vmap(grad(loss, indices), (None, *(0,) * (len(x) - 1)))(x[0][0], *x[1:]) if len(x) > 1 else x
+        ),
         "vmap(grad), others shared": lambda x, t: vmap(grad(loss, indices), (0, *(None,) * (len(x) - 1)))(
             x[0], *(y[0] for y in x[1:])
         ),
@@ -174,7 +171,10 @@ def test_opcheck(generator):
 
 
 def test_sums_do_not_depend_on_threads(generator):
-    inputs, cotangents = drawn(((700, 9), (9,), (9,)), generator, torch.float32), drawn(((700, 9), (9,), (9,)), generator)
+    inputs, cotangents = (
+        drawn(((700, 9), (9,), (9,)), generator, torch.float32),
+        drawn(((700, 9), (9,), (9,)), generator),
+    )
     threads, results = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):

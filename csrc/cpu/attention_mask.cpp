@@ -6,6 +6,8 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <numeric>
+
 #include "cpu/attention_call.h"
 #include "cpu/attention_scores.h"
 
@@ -35,6 +37,16 @@ struct Readers {
   std::vector<std::vector<std::pair<int64_t, int64_t>>> of_matrix;
 };
 
+// Adds all rows of a panel to its first, two and two: the error of a sum of many grows with their logarithm.
+template <typename T>
+void sum_rows(T* x, const Panel& panel, int64_t stride) {
+  for (int64_t step = 1; step < panel.count; step *= 2) {
+    for (int64_t i = 0; i + step < panel.count; i += 2 * step) {
+      for (int64_t c = 0; c < panel.columns(); ++c) x[i * stride + c] += x[(i + step) * stride + c];
+    }
+  }
+}
+
 // sum (contiguous, shaped like the mask) = the sums of what gradients(panel, scratch) returns a panel of. A thread has rows of
 // the mask to itself and adds to them in a fixed order.
 template <typename T, typename Gradients>
@@ -56,11 +68,13 @@ void sum_to_mask(const Problem<T>& problem, const Tensor& mask, T* sum, int64_t 
           trim(problem, panel);
           if (panel.columns() == 0) continue;
           scratch.move_to(batch, head / problem.group());
-          const T* gradient = gradients(panel, scratch);
-          for (int64_t i = 0; i < panel.count; ++i) {
+          T* gradient = gradients(panel, scratch);
+          if (mask_rows == 1) sum_rows(gradient, panel, scratch.stride);
+          const int64_t distinct = mask_rows == 1 ? 1 : panel.count;
+          for (int64_t i = 0; i < distinct; ++i) {
             const T* from = gradient + i * scratch.stride;
             T* to = of_matrix + (mask_rows == 1 ? 0 : first + i) * mask_columns;
-            if (mask_columns == 1) for (int64_t c = 0; c < panel.columns(); ++c) to[0] += from[c];
+            if (mask_columns == 1) to[0] += std::accumulate(from, from + panel.columns(), T(0));
             else for (int64_t c = 0; c < panel.columns(); ++c) to[panel.begin + c] += from[c];
           }
         }

@@ -17,7 +17,13 @@ void add_bias(int64_t n, const REAL* __restrict bias, int64_t stride, REAL* __re
 void keep_only(int64_t n, const bool* __restrict keep, int64_t stride, REAL* __restrict score) {
   const REAL lowest = -std::numeric_limits<REAL>::infinity();
   if (stride == 1) {
-    for (int64_t j = 0; j < n; ++j) score[j] = keep[j] ? score[j] : lowest;
+    // As bytes: the vectoriser does not see through bool.
+    const uint8_t* bytes = reinterpret_cast<const uint8_t*>(keep);
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) {
+      const INTEGER kept = bytes[j];
+      score[j] = kept != 0 ? score[j] : lowest;
+    }
   } else {
     for (int64_t j = 0; j < n; ++j) score[j] = keep[j * stride] ? score[j] : lowest;
   }

@@ -79,5 +79,3 @@ class _GeluBackward(Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor) -> tuple[Tensor, int]:
         return _GeluBackward.apply(*batched(info, in_dims, inputs)), 0
-
-
