@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.func import grad, jvp, vmap
+from torch.func import grad, jacfwd, jvp, vmap
 from torch.utils import _pytree as pytree
 
 from metafast.ops.linear import linear
@@ -36,6 +36,7 @@ TRANSFORMS = {
         grad(lambda *a: sum(g.pow(2).sum() for g in grad(loss(f), (0, 1, 2))(*a)), (0, 1, 2))
     )(x, w, b),
     "vmap(jvp)": lambda f, x, w, b: vmap(lambda *a: jvp(f, a, tuple(t.cos() for t in a)))(x, w, b),
+    "vmap(jacfwd(jacfwd))": lambda f, x, w, b: vmap(lambda *a: jacfwd(jacfwd(loss(f), 1), 0)(*a))(x, w, b),
     "jvp(grad)": lambda f, x, w, b: jvp(grad(loss(f), (0, 1, 2)), (x[0], w[0], b[0]), (x[1], w[1], b[1])),
 }
 

@@ -54,7 +54,7 @@ def all_batched(outputs: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[
 def is_forward_over_forward() -> bool:
     """Whether forward mode is being taken inside forward mode (``jacfwd(jacfwd(f))``).
 
-    Torch differentiates what a Function's ``jvp`` computes as if it were constant there: the result would be wrong, silently.
+    Torch differentiates what a Function's ``jvp`` computes as if it were constant there: the result is wrong, silently.
     """
     if not torch._C._are_functorch_transforms_active():
         return False
