@@ -35,8 +35,13 @@ format: install
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
+# SUITES="attention memory" picks suites, all without it; BENCH="--compile --select causal" passes options on. The extra brings
+# the peers, without which their cases are skipped.
+SUITES ?=
+BENCH ?=
 bench: install
-	$(RUN) -m metafast bench
+	$(RUN) -m pip install --quiet --disable-pip-version-check "higher>=0.2.1" "torchopt>=0.7.3"
+	$(RUN) -m metafast bench $(SUITES) $(BENCH)
 
 # The kernels with AddressSanitizer and UndefinedBehaviorSanitizer, built apart, under the tests that call them most. Leaks
 # are not looked for: the interpreter and torch keep much until the end.
@@ -62,7 +67,7 @@ gpu-check:
 
 gpu-bench:
 	$(PYTHON) setup.py build_ext --inplace
-	$(PYTHON) -m metafast bench --out benchmarks/results
+	$(PYTHON) -m metafast bench $(SUITES) --compile --out benchmarks/results $(BENCH)
 
 clean:
 	rm -rf $(VENV) build dist metafast/*.so *.egg-info

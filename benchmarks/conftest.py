@@ -1,22 +1,46 @@
-"""How a benchmark is taken: equal to the reference first, then timed beside its baseline in interleaved rounds."""
+"""How a benchmark is taken: equal to the reference first, then timed beside its peers in interleaved rounds."""
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import pytest
 import torch
 
 import metafast
-from metafast.measure import interleaved_medians, peak_memory
+from metafast.measure import peak_memory, seconds_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Where a benchmark names no number of rounds, it gets about this long, within these limits.
+SECONDS, FEWEST, MOST = 0.5, 3, 50
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--compile", action="store_true", help="also time peers that torch.compile has to build first")
 
 
 @pytest.fixture
 def device() -> str:
     return DEVICE
+
+
+@pytest.fixture
+def compiling(request: pytest.FixtureRequest) -> bool:
+    return bool(request.config.getoption("--compile"))
+
+
+@pytest.fixture(autouse=True)
+def described(benchmark, request: pytest.FixtureRequest) -> None:
+    """What every entry of the result file carries, also one that does not come from ``measure``."""
+    benchmark.extra_info["suite"] = request.module.__name__.rpartition("test_")[2]
+    benchmark.extra_info["environment"] = {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
+    }
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
@@ -27,32 +51,63 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     }
 
 
-@pytest.fixture
-def measure(benchmark) -> Callable[..., None]:
-    """``measure(what, call, baseline=None, against=None, rounds=9)``.
+def comparison(of: str, peer: str, own: float, other: float, bar: float | None = None) -> dict[str, Any]:
+    """A line of the table: ``own`` and the peer's ``other``, both costs, so that the ratio is how much better we are.
 
-    pytest-benchmark's own statistics are those of ``call`` alone. The ratio that is claimed comes from rounds that run
-    ``call`` and ``against`` in turn; ``baseline`` names the latter.
+    Bars are lower limits of the ratio.
+    """
+    return {"of": of, "with": peer, "own": own, "other": other, "ratio": other / own, "bar": bar}
+
+
+@pytest.fixture
+def compare(benchmark) -> Callable[..., None]:
+    """``compare(of, peer, own, other, bar=None)`` adds a line to the table."""
+
+    def add(*arguments: Any, **options: Any) -> None:
+        benchmark.extra_info.setdefault("comparisons", []).append(comparison(*arguments, **options))
+
+    return add
+
+
+@pytest.fixture
+def measure(benchmark, compare) -> Callable[..., dict[str, float]]:
+    """``measure(what, call, peers, bars, fastest=None, rounds=None)`` times ``call`` and each of ``peers`` in turn.
+
+    All have run before, to be compared. The ratios are those of medians; pytest-benchmark's own statistics come from the
+    same rounds. ``bars`` names peers; ``fastest`` is the bar against whichever peer turns out to be the fastest. Returns
+    the medians.
     """
 
     def run(
-        what: str, call: Callable[[], object], baseline: str = "", against: Callable | None = None, rounds: int = 9
-    ):
-        if against is not None:
-            medians = interleaved_medians({"call": call, "against": against}, rounds, DEVICE)
-            benchmark.extra_info["speedup"] = medians["against"] / medians["call"]
-            benchmark.extra_info["baseline"] = baseline
+        what: str,
+        call: Callable[[], object],
+        peers: Mapping[str, Callable[[], object]],
+        bars: Mapping[str, float] | None = None,
+        fastest: float | None = None,
+        rounds: int | None = None,
+    ) -> dict[str, float]:
+        calls = {"": call, **peers}
+        # A round like the others, that says how many to take.
+        seconds = {name: [seconds_of(each, DEVICE)] for name, each in calls.items()}
+        one_round = sum(first for (first,) in seconds.values())
+
+        def time_peers() -> None:
+            for name, peer in peers.items():
+                seconds[name].append(seconds_of(peer, DEVICE))
+
+        benchmark.pedantic(
+            lambda: seconds[""].append(seconds_of(call, DEVICE)),
+            setup=time_peers,
+            rounds=(rounds or min(MOST, max(FEWEST, int(SECONDS / one_round)))) - 1,
+        )
+        medians = {name: statistics.median(values) for name, values in seconds.items()}
+        for name in peers:
+            compare("time", name, medians[""], medians[name], (bars or {}).get(name))
+        if fastest is not None:
+            best = min(peers, key=lambda name: medians[name])
+            compare("time", f"fastest: {best}", medians[""], medians[best], fastest)
         benchmark.extra_info["what"] = what
-        benchmark.extra_info["environment"] = {
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-            "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
-            "gemm": (metafast.build_info()["extension"] or {}).get("gemm"),
-        }
         benchmark.extra_info["peak_bytes"] = peak_memory(call, DEVICE)
-        if DEVICE == "cuda":
-            benchmark.pedantic(lambda: (call(), torch.cuda.synchronize()), rounds=rounds, warmup_rounds=1)
-        else:
-            benchmark.pedantic(call, rounds=rounds, warmup_rounds=1)
+        return medians
 
     return run

@@ -1,21 +1,30 @@
-"""One MAML step, loss and meta-gradient, against the plain PyTorch loop over tasks."""
+"""One meta-gradient of MAML, FOMAML and Reptile against those who compute the same, each with its best attention.
+
+``-k`` picks parts by setting and algorithm, for example ``-k "peers and M-MAML"``.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import importlib.util
 from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.func import functional_call
+from meta_peers import LR, MODULES, PEERS, func
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import metafast
+from metafast.measure import seconds_of
 from metafast.models import EncoderClassifier
 
 
 @dataclass(frozen=True)
 class Setting:
+    """Sizes, and the bars against the fastest peer for second and first order."""
+
     name: str
     width: int
     length: int
@@ -23,10 +32,21 @@ class Setting:
     steps: int = 3
     support: int = 10
     query: int = 15
+    second: float | None = None
+    first: float | None = None
+    # None: as many as there is time for.
+    rounds: int | None = None
 
 
-SETTINGS = [Setting("S", 64, 32), Setting("M", 128, 64)]
-LR = 0.1
+SETTINGS = {
+    setting.name: setting
+    for setting in [
+        Setting("S", 64, 32, second=2.0, first=2.0),
+        Setting("M", 128, 64, second=1.4, first=1.5),
+        Setting("L", 256, 128, tasks=2, second=1.2, rounds=3),
+        Setting("X", 128, 512, tasks=2, steps=2, support=4, second=1.6, rounds=3),
+    ]
+}
 
 
 def loss_fn(model, batch):
@@ -43,47 +63,123 @@ def draw(setting, device):
     return model, *(tuple(x.to(device) for x in batch) for batch in batches)
 
 
-def plain_loop(model, support, query, steps, order):
-    """MAML as it is written without a library: a loop over tasks, dense attention, which can be differentiated twice."""
-    loss = 0.0
-    tasks = support[0].shape[0]
-    with sdpa_kernel(SDPBackend.MATH):
-        for t in range(tasks):
-            params = dict(model.named_parameters())
-            for _ in range(steps):
-                inner = F.cross_entropy(functional_call(model, params, (support[0][t],)), support[1][t])
-                grads = torch.autograd.grad(inner, list(params.values()), create_graph=order == 2)
-                params = {name: p - LR * g for (name, p), g in zip(params.items(), grads, strict=True)}
-            loss = loss + F.cross_entropy(functional_call(model, params, (query[0][t],)), query[1][t]) / tasks
-        return torch.autograd.grad(loss, list(model.parameters()))
+def ours(model, support, query, setting, algorithm, checkpoint=False):
+    inner, options = metafast.inner.SGD(lr=LR), {"steps": setting.steps, "checkpoint": checkpoint}
+    if algorithm == "Reptile":
+        meta = metafast.Reptile(model, loss_fn, inner=inner, **options)
+        batches = (support,)
+    else:
+        meta = metafast.MAML(model, loss_fn, inner=inner, order=2 if algorithm == "MAML" else 1, **options)
+        batches = (support, query)
+    params = list(model.parameters())
+
+    def step():
+        with metafast.use_backend("fused"):
+            return torch.autograd.grad(meta(*batches), params)
+
+    return step
 
 
-@pytest.mark.parametrize("what", ["metafast", "metafast, checkpointed", "plain loop"])
-@pytest.mark.parametrize("order", [2, 1])
-@pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
-def test_maml(setting, order, what, measure, device, benchmark):
-    benchmark.group = f"MAML {setting.name}, order {order}"
-    model, support, query = draw(setting, device)
-    meta = metafast.MAML(
-        model,
-        loss_fn,
-        inner=metafast.inner.SGD(lr=LR),
-        steps=setting.steps,
-        order=order,
-        checkpoint="checkpointed" in what,
-        task_batching="vmap",
+def peers(model, support, query, setting, algorithm):
+    """Those that are installed, each with its best attention.
+
+    The math backend alone can be differentiated twice. For first order torch takes its fused kernel, which vmap runs task
+    by task with a warning, so there torch.func competes with both.
+    """
+    in_math = functools.partial(sdpa_kernel, SDPBackend.MATH)
+
+    def step(peer, attention):
+        with attention():
+            return peer(model, support, query, setting.steps, algorithm)
+
+    present = {name: peer for name, peer in PEERS.items() if importlib.util.find_spec(MODULES.get(name, "torch"))}
+    if algorithm == "MAML":
+        return {name: functools.partial(step, peer, in_math) for name, peer in present.items()}
+    calls = {name: functools.partial(step, peer, contextlib.nullcontext) for name, peer in present.items()}
+    return {**calls, "torch.func, math": functools.partial(step, func, in_math)}
+
+
+def error(found, expected):
+    pairs = list(zip(found, expected, strict=True))
+    difference = sum((a - b).double().pow(2).sum() for a, b in pairs).sqrt()
+    return (difference / sum(b.double().pow(2).sum() for _, b in pairs).sqrt()).item()
+
+
+def assert_equal(calls, expected, tolerance=1e-3):
+    for name, call in calls.items():
+        assert error(call(), expected) < tolerance, name
+
+
+def place(setting, panel):
+    return {"figure": "meta_step", "panel": panel, "x": setting.name, "xlabel": "setting", "y": "ratio"}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet implemented the batching rule")
+@pytest.mark.parametrize("algorithm", ["MAML", "FOMAML", "Reptile"])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_peers(name, algorithm, measure, device, benchmark):
+    setting = SETTINGS[name]
+    benchmark.group = f"{algorithm} {name}"
+    benchmark.extra_info["plot"] = place(setting, algorithm)
+    batches = draw(setting, device)
+    own, others = ours(*batches, setting, algorithm), peers(*batches, setting, algorithm)
+    assert_equal({**others, "metafast": own}, others["plain loop"]())
+    bar = setting.second if algorithm == "MAML" else setting.first
+    measure("metafast", own, others, fastest=bar, rounds=setting.rounds)
+
+
+def test_bfloat16(measure, device, benchmark):
+    setting = SETTINGS["L"]
+    benchmark.group = "MAML L, bfloat16 autocast"
+    batches = draw(setting, device)
+
+    def under_autocast(call):
+        with torch.autocast(device, dtype=torch.bfloat16):
+            return call()
+
+    in_float32 = peers(*batches, setting, "MAML")
+    exact = in_float32["plain loop"]()
+    own = functools.partial(under_autocast, ours(*batches, setting, "MAML"))
+    others = {f"{name}, bf16": functools.partial(under_autocast, peer) for name, peer in in_float32.items()}
+    # As close to float32 as the others are.
+    assert error(own(), exact) < 2 * error(others["plain loop, bf16"](), exact)
+    # Of either kind the fastest of one look: all of both would take minutes.
+    fastest, fastest_in_float32 = (
+        min(kind, key=lambda n: seconds_of(kind[n], device)) for kind in (others, in_float32)
+    )
+    float32 = f"{fastest_in_float32}, float32"
+    measure(
+        "metafast, bf16",
+        own,
+        {fastest: others[fastest], float32: in_float32[fastest_in_float32]},
+        {fastest: 1.3, float32: 2.2},
+        rounds=3,
     )
 
-    def ours():
-        return torch.autograd.grad(meta(support, query), list(model.parameters()))
 
-    def plain():
-        return plain_loop(model, support, query, setting.steps, order)
+@pytest.mark.parametrize("name", ["S", "M", "L"])
+def test_checkpointed(name, measure, device, benchmark):
+    """At most 1.35 times as long as with kept graphs."""
+    setting = SETTINGS[name]
+    benchmark.group = f"MAML {name}, checkpointed"
+    batches = draw(setting, device)
+    rebuilt, kept = (ours(*batches, setting, "MAML", checkpoint) for checkpoint in (True, False))
+    assert_equal({"checkpointed": rebuilt}, kept())
+    measure("metafast, checkpointed", rebuilt, {"kept graphs": kept}, {"kept graphs": 1 / 1.35}, rounds=setting.rounds)
 
-    if what == "plain loop":
-        return measure(what, plain)
-    with metafast.use_backend("fused"):
-        pairs = list(zip(ours(), plain(), strict=True))
-        error = sum((a - b).pow(2).sum() for a, b in pairs).sqrt() / sum(b.pow(2).sum() for _, b in pairs).sqrt()
-        assert error < 1e-4
-        return measure(what, ours, "plain loop", plain)
+
+def test_compiled_peer(measure, device, compiling, benchmark):
+    if not compiling:
+        pytest.skip("torch.compile takes minutes for a second-order step: --compile")
+    setting = SETTINGS["M"]
+    benchmark.group = "MAML M, torch.compile"
+    model, support, query = draw(setting, device)
+    compiled = torch.compile(lambda: func(model, support, query, setting.steps, "MAML"))
+
+    def peer():
+        with sdpa_kernel(SDPBackend.MATH):
+            return compiled()
+
+    own = ours(model, support, query, setting, "MAML")
+    assert_equal({"metafast": own, "compiled": peer}, func(model, support, query, setting.steps, "MAML"))
+    measure("metafast", own, {"torch.func, compiled": peer}, {"torch.func, compiled": 1.2})

@@ -44,7 +44,7 @@ def ours(params, grads, buffers):
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_sgd_forward(name, measure, device, benchmark):
-    benchmark.group = f"SGD forward, {name}"
+    benchmark.group = f"update, SGD forward, {name}"
     params, grads = SHAPES[name](device), SHAPES[name](device)
 
     def call():
@@ -55,13 +55,13 @@ def test_sgd_forward(name, measure, device, benchmark):
 
     for found, expected in zip(call(), against(), strict=True):
         assert relative_error(found, expected) < 1e-6
-    measure("fused", call, "foreach", against)
+    measure("fused", call, {"foreach": against})
 
 
 @pytest.mark.parametrize("baseline", [eager, foreach], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("name", SHAPES)
 def test_sgd_with_momentum_and_decay_and_its_derivative(name, baseline, measure, device, benchmark):
-    benchmark.group = f"SGD momentum, forward + VJP, {name}"
+    benchmark.group = f"update, SGD momentum, forward + VJP, {name}"
     groups = [[x.requires_grad_() for x in SHAPES[name](device)] for _ in range(3)]
     inputs = [x for group in groups for x in group]
     cotangents = [torch.randn_like(x) for x in groups[0] + groups[0]]
@@ -72,7 +72,7 @@ def test_sgd_with_momentum_and_decay_and_its_derivative(name, baseline, measure,
 
     for found, expected in zip(step(ours), step(baseline), strict=True):
         assert relative_error(found, expected) < 1e-6
-    measure(f"fused / {baseline.__name__}", lambda: step(ours), baseline.__name__, lambda: step(baseline), rounds=5)
+    measure("fused", lambda: step(ours), {baseline.__name__: lambda: step(baseline)}, rounds=5)
 
 
 ADAM = inner.Adam(lr=0.01)
@@ -103,7 +103,7 @@ def our_adam(params, grads, averages, squares):
 @pytest.mark.parametrize("baseline", [eager_adam, torchopt_adam], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("name", SHAPES)
 def test_adam_and_its_derivative(name, baseline, measure, device, benchmark):
-    benchmark.group = f"Adam, forward + VJP, {name}"
+    benchmark.group = f"update, Adam, forward + VJP, {name}"
     groups = [SHAPES[name](device) for _ in range(4)]
     groups[3] = [x.square() + 0.1 for x in groups[3]]
     inputs = [x.requires_grad_() for group in groups for x in group]
@@ -114,12 +114,12 @@ def test_adam_and_its_derivative(name, baseline, measure, device, benchmark):
 
     for found, expected in zip(step(our_adam), step(baseline), strict=True):
         assert relative_error(found, expected) < 1e-5
-    measure(f"fused / {baseline.__name__}", lambda: step(our_adam), baseline.__name__, lambda: step(baseline), rounds=3)
+    measure("fused", lambda: step(our_adam), {baseline.__name__: lambda: step(baseline)}, rounds=3)
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_meta_sgd_and_its_derivative(name, measure, device, benchmark):
-    benchmark.group = f"Meta-SGD, forward + VJP, {name}"
+    benchmark.group = f"update, Meta-SGD, forward + VJP, {name}"
     params, grads = ([x.requires_grad_() for x in SHAPES[name](device)] for _ in range(2))
     rates = [x[0].detach().abs().requires_grad_() for x in SHAPES[name](device)]
     cotangents, inputs = [torch.randn_like(x) for x in params], [*params, *grads, *rates]
@@ -135,4 +135,4 @@ def test_meta_sgd_and_its_derivative(name, measure, device, benchmark):
 
     for found, expected in zip(ours(), eager(), strict=True):
         assert relative_error(found, expected) < 1e-5
-    measure("fused / eager", ours, "eager", eager, rounds=3)
+    measure("fused", ours, {"eager": eager}, rounds=3)

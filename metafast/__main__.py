@@ -34,8 +34,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check.set_defaults(run=_check)
 
     bench = commands.add_parser("bench", help="run the benchmarks of the repository and print one table")
-    bench.add_argument("suite", nargs="*", help="attention, task_update, meta_step; all where none is named")
+    bench.add_argument("suite", nargs="*", help="attention, task_update, meta_step, memory; all where none is named")
     bench.add_argument("--out", default="runs/bench", help="folder of the result file (default: %(default)s)")
+    bench.add_argument("--select", default="", metavar="EXPRESSION", help="only the cases that match, as pytest's -k")
+    bench.add_argument("--compile", action="store_true", help="also the peers that torch.compile has to build first")
+    bench.add_argument(
+        "--from", dest="result", metavar="FILE", help="run nothing: print and plot this result file again"
+    )
     bench.set_defaults(run=_bench)
 
     options = parser.parse_args(arguments)
@@ -70,9 +75,11 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from metafast.bench import run
+    from metafast import bench
 
-    return run(options.suite, options.out)
+    if options.result is not None:
+        return bench.report(options.result)
+    return bench.run(options.suite, options.out, compiling=options.compile, select=options.select)
 
 
 if __name__ == "__main__":

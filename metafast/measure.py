@@ -2,30 +2,56 @@
 
 from __future__ import annotations
 
+import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+
+def seconds_of(call: Callable[[], object], device: torch.device | str = "cpu") -> float:
+    """Of one call, until the device has done its work."""
+    on_cuda = torch.device(device).type == "cuda"
+    if on_cuda:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    if on_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def interleaved_medians(
     calls: Mapping[str, Callable[[], object]], rounds: int, device: torch.device | str = "cpu"
 ) -> dict[str, float]:
     """Median seconds of each call, in rounds that run every call once: what disturbs the machine disturbs them all."""
-    synchronise = torch.cuda.synchronize if torch.device(device).type == "cuda" else _nothing
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()
     for _ in range(rounds):
         for name, call in calls.items():
-            synchronise()
-            start = time.perf_counter()
-            call()
-            synchronise()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(seconds_of(call, device))
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def highest_memory(device: torch.device | str = "cpu") -> int:
+    """The most bytes that this process has held so far: resident ones, or on CUDA the allocator's.
+
+    Of use in a process that does one thing only: what was freed before still counts.
+    """
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.exists():
+        # Not what getrusage says: on Linux a new process inherits that from the one that started it.
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return 1024 * int(line.split()[1])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def peak_memory(call: Callable[[], object], device: torch.device | str = "cpu") -> int:
@@ -52,7 +78,3 @@ def peak_memory(call: Callable[[], object], device: torch.device | str = "cpu") 
         now += size
         peak = max(peak, now)
     return peak
-
-
-def _nothing() -> None:
-    pass
