@@ -67,6 +67,7 @@ gpu-check:
 
 gpu-bench:
 	$(PYTHON) setup.py build_ext --inplace
+	$(PYTHON) -m metafast.ops.attention.triton.tune
 	$(PYTHON) -m metafast bench $(SUITES) --compile --out benchmarks/results $(BENCH)
 
 clean:
