@@ -7,7 +7,6 @@ class BuildInfo(TypedDict):
     flags: str
     abi_target: str
     cpu_capability: str
-    gemm: str
     cuda_architectures: str | None
 
 def build_info() -> BuildInfo:

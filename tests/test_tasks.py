@@ -12,22 +12,36 @@ pytest.importorskip("babel", reason="Babel is not installed")
 
 
 def test_languages_are_split_whole():
-    training, validation, test = (set(codes) for codes in (cldr.training_languages(), cldr.VALIDATION, cldr.TEST))
+    training, validation, test = map(set, cldr.split())
     assert len(test) >= 20
     assert not training & validation
     assert not training & test
     assert not validation & test
     assert training | validation | test == set(cldr.names())
-    assert {"ka", "hy", "eo", "cy", "br"} <= test
+    assert set(cldr.EXAMPLE) <= test
 
 
-def test_some_held_out_scripts_are_seen_by_no_other_language():
+def test_the_split_follows_its_rule():
     scripts = {code: cldr.script(names) for code, names in cldr.names().items()}
-    seen = {script for code, script in scripts.items() if code not in cldr.TEST}
-    unseen = {script for code, script in scripts.items() if code in cldr.TEST} - seen
-    assert {"GEORGIAN", "ARMENIAN", "HEBREW", "ETHIOPIC"} <= unseen
-    assert sum(scripts[code] in unseen for code in cldr.TEST) == 12
-    assert sum(scripts[code] == "LATIN" for code in cldr.TEST) == 10
+    by_script = {
+        script: [code for code in sorted(scripts) if scripts[code] == script]
+        for script in sorted(set(scripts.values()))
+    }
+    alone = [codes[0] for codes in by_script.values() if len(codes) == 1]
+    shared = [code for codes in by_script.values() if len(codes) > 1 for code in codes]
+    split = cldr.split()
+    assert set(alone) <= {*split.validation, *split.test}
+    assert set(split.test) - set(cldr.EXAMPLE) == {*alone[::2], *shared[2::10]} - set(cldr.EXAMPLE)
+    assert set(split.validation) == {*alone[1::2], *shared[7::10]} - set(split.test)
+
+
+def test_some_held_out_scripts_are_seen_by_no_training_language():
+    scripts = {code: cldr.script(names) for code, names in cldr.names().items()}
+    seen = {scripts[code] for code in cldr.split().training}
+    unseen = {code for code in cldr.split().test if scripts[code] not in seen}
+    assert {"ka", "hy", "he", "th"} <= unseen
+    assert len(unseen) == 12
+    assert sum(scripts[code] == "LATIN" for code in cldr.split().test) == 11
 
 
 def test_a_name_is_in_one_language_alone():
