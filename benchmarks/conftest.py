@@ -29,17 +29,26 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 @pytest.fixture
 def measure(benchmark) -> Callable[..., None]:
-    """``measure(what, call, baseline=None, against=None, rounds=9)``.
+    """``measure(what, call, baseline=None, against=None, rounds=9, moved=0)``.
 
     pytest-benchmark's own statistics are those of ``call`` alone. The ratio that is claimed comes from rounds that run
-    ``call`` and ``against`` in turn; ``baseline`` names the latter.
+    ``call`` and ``against`` in turn; ``baseline`` names the latter. ``moved`` is how many bytes ``call`` reads and
+    writes, each once.
     """
 
     def run(
-        what: str, call: Callable[[], object], baseline: str = "", against: Callable | None = None, rounds: int = 9
+        what: str,
+        call: Callable[[], object],
+        baseline: str = "",
+        against: Callable | None = None,
+        rounds: int = 9,
+        moved: int = 0,
     ):
+        calls = {"call": call} if against is None else {"call": call, "against": against}
+        medians = interleaved_medians(calls, rounds, DEVICE)
+        if moved:
+            benchmark.extra_info["gigabytes_per_second"] = moved / medians["call"] / 1e9
         if against is not None:
-            medians = interleaved_medians({"call": call, "against": against}, rounds, DEVICE)
             benchmark.extra_info["speedup"] = medians["against"] / medians["call"]
             benchmark.extra_info["baseline"] = baseline
         benchmark.extra_info["what"] = what

@@ -1,4 +1,8 @@
-"""Update rules for all parameters of all tasks, forward and with their products, against eager torch and foreach."""
+"""Update rules for all parameters of all tasks, forward and with their products.
+
+Forward against one `torch.add` on a single tensor of the same total size, which is as fast as memory goes; forward and
+product against eager torch, `torch._foreach` and TorchOpt.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import pytest
 import torch
 
 from metafast import inner, task_update
+from metafast.measure import peak_memory
 from metafast.models import EncoderClassifier
 from metafast.testing import relative_error
 
@@ -22,7 +27,19 @@ def one_large(device):
     return [torch.randn(1, 2**26, device=device)]
 
 
+def bert_base(device):
+    """The 199 parameters of BERT-base, for 2 tasks."""
+    wide, inner_width = 768, 3072
+    layer = [(wide, wide), (wide,)] * 4 + [(inner_width, wide), (inner_width,), (wide, inner_width), (wide,)]
+    layer += [(wide,)] * 4
+    shapes = [(30522, wide), (512, wide), (2, wide), (wide,), (wide,), *layer * 12, (wide, wide), (wide,)]
+    assert len(shapes) == 199
+    return [torch.randn(2, *shape, device=device) for shape in shapes]
+
+
 SHAPES = {"many small tensors, T=32": many_small, "one tensor of 64 M": one_large}
+# Forward only: the graph of an eager step of BERT-base's two tasks takes 10 GB and seconds.
+FORWARD_SHAPES = {**SHAPES, "BERT-base, T=2": bert_base}
 
 
 def eager(params, grads, buffers):
@@ -42,20 +59,42 @@ def ours(params, grads, buffers):
     return new, state["momentum_buffer"]
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_sgd_forward(name, measure, device, benchmark):
-    benchmark.group = f"SGD forward, {name}"
-    params, grads = SHAPES[name](device), SHAPES[name](device)
+@pytest.mark.parametrize("inplace", [False, True], ids=["new results", "in place"])
+@pytest.mark.parametrize("name", FORWARD_SHAPES)
+def test_sgd_forward(name, inplace, measure, device, benchmark):
+    """Both write new memory, which the system has to clear first, or both what is there already."""
+    benchmark.group = f"SGD forward, {name}, {'in place' if inplace else 'new results'}"
+    params, grads = FORWARD_SHAPES[name](device), FORWARD_SHAPES[name](device)
+    whole_params, whole_grads = (torch.cat([x.flatten() for x in group]) for group in (params, grads))
 
     def call():
-        return task_update(PLAIN, params, grads, backend="fused")[0]
+        return task_update(PLAIN, params, grads, inplace=inplace, backend="fused")[0]
 
     def against():
-        return torch._foreach_add(params, grads, alpha=-LR)
+        return torch.add(whole_params, whole_grads, alpha=-LR, out=whole_params if inplace else None)
 
-    for found, expected in zip(call(), against(), strict=True):
-        assert relative_error(found, expected) < 1e-6
-    measure("fused", call, "foreach", against)
+    found, expected = call(), against()
+    for part, tensor in zip(expected.split([x.numel() for x in found]), found, strict=True):
+        assert relative_error(tensor.flatten(), part) < 1e-6
+    del found, expected, part, tensor
+    moved = 3 * whole_params.nbytes
+    measure("fused", call, "add on one tensor", against, rounds=9 if moved < 2**28 else 3, moved=moved)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_memory_of_a_derivative(name, measure, device, benchmark):
+    benchmark.group = f"SGD momentum, VJP, {name}"
+    groups = [[x.requires_grad_() for x in SHAPES[name](device)] for _ in range(3)]
+    inputs = [x for group in groups for x in group]
+    results = [x for group in ours(*groups) for x in group]
+    cotangents = [torch.randn_like(x) for x in results]
+
+    def call():
+        return torch.autograd.grad(results, inputs, cotangents, retain_graph=True)
+
+    wanted = sum(x.nbytes for x in inputs)
+    assert peak_memory(call, device) <= 1.01 * wanted, "a product takes memory for more than its results"
+    measure("fused", call, rounds=3, moved=sum(x.nbytes for x in cotangents) + wanted)
 
 
 @pytest.mark.parametrize("baseline", [eager, foreach], ids=lambda f: f.__name__)

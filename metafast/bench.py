@@ -46,12 +46,13 @@ def run(suites: Sequence[str], out: str) -> int:
 
 def print_table(results: dict[str, Any]) -> None:
     """A line a benchmark: what was timed, its median, and how many times the baseline it is, measured side by side."""
-    print(f"\n{'case':<44}{'what':<22}{'median':>12}{'speed-up':>10}  against")
+    print(f"\n{'case':<52}{'what':<24}{'median':>12}{'GB/s':>8}{'speed-up':>10}  against")
     for entry in sorted(results["benchmarks"], key=lambda entry: entry["group"]):
         info = entry["extra_info"]
         ratio = f"{info['speedup']:.2f}x" if "speedup" in info else ""
+        rate = f"{info['gigabytes_per_second']:.1f}" if "gigabytes_per_second" in info else ""
         median = f"{1e3 * entry['stats']['median']:.2f} ms"
-        print(f"{entry['group']:<44}{info['what']:<22}{median:>12}{ratio:>10}  {info.get('baseline', '')}")
+        print(f"{entry['group']:<52}{info['what']:<24}{median:>12}{rate:>8}{ratio:>10}  {info.get('baseline', '')}")
 
 
 def _device() -> str:
