@@ -71,10 +71,10 @@ def compare(benchmark) -> Callable[..., None]:
 
 @pytest.fixture
 def measure(benchmark, compare) -> Callable[..., dict[str, float]]:
-    """``measure(what, call, peers, bars, fastest=None, rounds=None)`` times ``call`` and each of ``peers`` in turn.
+    """``measure(what, call, peers, bars, fastest=None, rounds=None, moved=0)`` times ``call`` and each of ``peers`` in turn.
 
     All have run before, to be compared. The ratios are those of medians; pytest-benchmark's own statistics come from the
-    same rounds. ``bars`` names peers; ``fastest`` is the bar against whichever peer turns out to be the fastest. Returns
+    same rounds. ``moved`` is how many bytes ``call`` reads and writes, each once. ``bars`` names peers; ``fastest`` is the bar against whichever peer turns out to be the fastest. Returns
     the medians.
     """
 
@@ -85,6 +85,7 @@ def measure(benchmark, compare) -> Callable[..., dict[str, float]]:
         bars: Mapping[str, float] | None = None,
         fastest: float | None = None,
         rounds: int | None = None,
+        moved: int = 0,
     ) -> dict[str, float]:
         calls = {"": call, **peers}
         # A round like the others, that says how many to take.
@@ -106,6 +107,8 @@ def measure(benchmark, compare) -> Callable[..., dict[str, float]]:
         if fastest is not None:
             best = min(peers, key=lambda name: medians[name])
             compare("time", f"fastest: {best}", medians[""], medians[best], fastest)
+        if moved:
+            benchmark.extra_info["gigabytes_per_second"] = moved / medians[""] / 1e9
         benchmark.extra_info["what"] = what
         benchmark.extra_info["peak_bytes"] = peak_memory(call, DEVICE)
         return medians

@@ -56,6 +56,7 @@ struct Output {
   Keep keep = Keep::nothing;
   int32_t scalar = -1;
   void* data = nullptr;
+  bool fresh = false;  // new memory, nothing was written there yet
 };
 
 template <class Rule>
@@ -153,7 +154,7 @@ class Planner {
       const bool sum = !shared.empty() && shared[i];
       const auto sizes = like_[i].sizes();
       made.push_back(empty(sizes.data() + sum, int64_t(sizes.size()) - sum, plan_.items[i].type, like_[i]));
-      plan_.items[i].out[output] = {sum ? Keep::task_sum : Keep::each_task, -1, made.back().data_ptr()};
+      plan_.items[i].out[output] = {sum ? Keep::task_sum : Keep::each_task, -1, made.back().data_ptr(), true};
     }
     return made;
   }
@@ -201,12 +202,18 @@ class Planner {
     return made;
   }
 
-  // Where nothing is shared or summed over tasks, the tasks of an item are one long row.
+  // Where nothing is shared or summed over tasks, the tasks of an item are one long row. One task alone shares nothing.
   const Plan<Rule>& finished() {
     for (auto& item : plan_.items) {
       bool rows = false;
-      for (const Input& in : item.in) rows |= in.from == From::all_tasks;
-      for (const Output& out : item.out) rows |= out.keep == Keep::task_sum;
+      for (Input& in : item.in) {
+        if (item.tasks == 1 && in.from == From::all_tasks) in.from = From::each_task;
+        rows |= in.from == From::all_tasks;
+      }
+      for (Output& out : item.out) {
+        if (item.tasks == 1 && out.keep == Keep::task_sum) out.keep = Keep::each_task;
+        rows |= out.keep == Keep::task_sum;
+      }
       if (rows) continue;
       item.elements *= item.tasks;
       item.tasks = 1;

@@ -104,7 +104,8 @@ def table(results: dict[str, Any]) -> list[str]:
             bar = "" if found["bar"] is None else f"{found['bar']:.2f}"
             verdict = "" if found["bar"] is None or found["ratio"] >= found["bar"] else "  missed"
             ratio = f"{found['ratio']:.2f}x"
-            lines.append(f"{case}{own:>14}  {found['with']:<{other}}{others:>14}{ratio:>9}{bar:>7}{verdict}")
+            rate = f"  {info['gigabytes_per_second']:.1f} GB/s" if "gigabytes_per_second" in info else ""
+            lines.append(f"{case}{own:>14}  {found['with']:<{other}}{others:>14}{ratio:>9}{bar:>7}{verdict}{rate}")
     return lines
 
 

@@ -9,6 +9,10 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 // An output overlaps no input, or lies exactly on it. (`omp simd` says so too, but makes an array of all that the loop's body refers to.)
 #if defined(__clang__)
 #define METAFAST_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
@@ -21,8 +25,9 @@
 namespace metafast::task_update {
 namespace {
 
-constexpr int64_t kStrip = 512;           // elements
-constexpr int64_t kChunk = 32 * kStrip;   // elements times tasks
+constexpr int64_t kStrip = 256;           // elements
+constexpr int64_t kRow = 8 * kStrip;      // elements of a task before it is the next task's turn
+constexpr int64_t kChunk = 64 * kStrip;   // elements times tasks, of one task
 constexpr int64_t kBlock = 2 * kChunk;    // the least that is worth another thread
 
 template <class C, class Stored>
@@ -73,65 +78,69 @@ double scalar_value(const Input& in, int64_t at = 0) {
   return for_type(in.scalar_type, [&](auto zero) -> double { return static_cast<const decltype(zero)*>(in.data)[at]; });
 }
 
-// Elements [begin, end) of every task of an item; what is summed over everything goes into totals, one an output.
+// Elements [begin, end) of every task of an item, at most kRow where there are several tasks; what is summed over
+// everything goes into totals, one an output. A task's part of a row is gone through as a whole, as memory likes it; what
+// the tasks share, and sums over them, stay in the cache meanwhile.
 template <class Rule, class Stored>
 METAFAST_ELEMENT void chunk(const typename Rule::Options& options, const Item<Rule>& item, int64_t begin, int64_t end,
                             double* totals) {
   using C = Arithmetic<Stored>;
   const As<Rule, C> rule(options);
-  alignas(64) C loaded[Rule::inputs][kStrip], made[Rule::outputs][kStrip], sums[Rule::outputs][kStrip];
+  alignas(64) C loaded[Rule::inputs][kStrip], made[Rule::outputs][kStrip], sums[Rule::outputs][kRow];
+  // What is absent is read from one strip, and what is not wanted written to one: the others stay in the cache.
+  alignas(64) C absent[kStrip], unwanted[kStrip];
   const C* in[Rule::inputs];
   C* out[Rule::outputs];
 
+  std::fill_n(absent, std::min(end - begin, kStrip), C(0));
   for (int i = 0; i < Rule::inputs; ++i) {
-    in[i] = loaded[i];
-    if (item.in[i].from <= From::scalar)
+    const bool none = item.in[i].from == From::number && item.in[i].value == 0;
+    in[i] = none ? absent : loaded[i];
+    if (!none && item.in[i].from <= From::scalar)
       std::fill_n(loaded[i], std::min(end - begin, kStrip), static_cast<C>(scalar_value(item.in[i])));
   }
-  for (int64_t e = begin; e < end; e += kStrip) {
-    const int64_t n = std::min(end - e, kStrip);
-    const auto source = [&](int i, int64_t task) {
-      return static_cast<const Stored*>(item.in[i].data) + task * item.elements + e;
-    };
-    const auto target = [&](int o, int64_t task) {
-      return static_cast<Stored*>(item.out[o].data) + task * item.elements + e;
-    };
-    for (int i = 0; i < Rule::inputs; ++i)
-      if (item.in[i].from == From::all_tasks) in[i] = load(source(i, 0), loaded[i], n);
-    for (int o = 0; o < Rule::outputs; ++o)
-      if (item.out[o].keep == Keep::task_sum) std::fill_n(sums[o], n, C(0));
-
-    for (int64_t task = 0; task < item.tasks; ++task) {
+  for (int o = 0; o < Rule::outputs; ++o) {
+    out[o] = item.out[o].keep == Keep::nothing ? unwanted : made[o];
+    if (item.out[o].keep == Keep::task_sum) std::fill_n(sums[o], end - begin, C(0));
+  }
+  for (int64_t task = 0; task < item.tasks; ++task) {
+    for (int i = 0; i < Rule::inputs; ++i) {
+      if (item.in[i].from == From::task_scalar)
+        std::fill_n(loaded[i], std::min(end - begin, kStrip), static_cast<C>(scalar_value(item.in[i], task)));
+      else if (item.in[i].from == From::last_task)
+        std::fill_n(loaded[i], std::min(end - begin, kStrip), C(task + 1 == item.tasks));
+    }
+    for (int64_t e = begin; e < end; e += kStrip) {
+      const int64_t n = std::min(end - e, kStrip), at = task * item.elements + e;
       for (int i = 0; i < Rule::inputs; ++i) {
-        if (item.in[i].from == From::each_task) in[i] = load(source(i, task), loaded[i], n);
-        else if (item.in[i].from == From::task_scalar)
-          std::fill_n(loaded[i], n, static_cast<C>(scalar_value(item.in[i], task)));
-        else if (item.in[i].from == From::last_task) std::fill_n(loaded[i], n, C(task + 1 == item.tasks));
+        if (item.in[i].from < From::all_tasks) continue;
+        const int64_t offset = item.in[i].from == From::all_tasks ? e : at;
+        in[i] = load(static_cast<const Stored*>(item.in[i].data) + offset, loaded[i], n);
       }
-      for (int o = 0; o < Rule::outputs; ++o) {
-        out[o] = made[o];
-        if constexpr (std::is_same_v<C, Stored>)
-          if (item.out[o].keep == Keep::each_task) out[o] = target(o, task);
-      }
+      if constexpr (std::is_same_v<C, Stored>)
+        for (int o = 0; o < Rule::outputs; ++o)
+          if (item.out[o].keep == Keep::each_task) out[o] = static_cast<Stored*>(item.out[o].data) + at;
       apply<Rule, C>(rule, in, out, n, std::make_index_sequence<Rule::inputs>(),
                      std::make_index_sequence<Rule::outputs>());
       for (int o = 0; o < Rule::outputs; ++o) {
         if (item.out[o].keep == Keep::task_sum) {
+          C* const sum = sums[o] + (e - begin);
 #pragma omp simd
-          for (int64_t j = 0; j < n; ++j) sums[o][j] += made[o][j];
+          for (int64_t j = 0; j < n; ++j) sum[j] += made[o][j];
         } else if (item.out[o].keep == Keep::total) {
           double total = 0;
 #pragma omp simd reduction(+ : total)
           for (int64_t j = 0; j < n; ++j) total += made[o][j];
           totals[o] += total;
         } else if (!std::is_same_v<C, Stored> && item.out[o].keep == Keep::each_task) {
-          store(made[o], target(o, task), n);
+          store(made[o], static_cast<Stored*>(item.out[o].data) + at, n);
         }
       }
     }
-    for (int o = 0; o < Rule::outputs; ++o)
-      if (item.out[o].keep == Keep::task_sum) store(sums[o], target(o, 0), n);
   }
+  for (int o = 0; o < Rule::outputs; ++o)
+    if (item.out[o].keep == Keep::task_sum)
+      store(sums[o], static_cast<Stored*>(item.out[o].data) + begin, end - begin);
 }
 
 template <class Rule, class Stored>
@@ -158,6 +167,36 @@ auto chunk_kernel(ScalarType type) {
   });
 }
 
+// Memory that was never touched costs a fault for each page, several times what the update does. With huge pages, which
+// Linux may only give to those who ask, faults are few. Results often lie one after the other: neighbours ask together.
+template <class Rule>
+void ask_for_huge_pages(const Plan<Rule>& plan) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = 4096, kHugePage = uintptr_t(1) << 21, kWorthwhile = 2 * kHugePage;
+  struct Range {
+    uintptr_t begin, end;
+  };
+  std::vector<Range> ranges;
+  for (const Item<Rule>& item : plan.items)
+    for (const Output& out : item.out) {
+      if (!out.fresh || item.elements == 0) continue;
+      const int64_t tasks = out.keep == Keep::each_task ? item.tasks : 1;
+      const int64_t size = for_type(item.type, [](auto zero) { return int64_t(sizeof(zero)); });
+      const auto begin = reinterpret_cast<uintptr_t>(out.data);
+      ranges.push_back({begin, begin + uintptr_t(tasks * item.elements * size)});
+    }
+  std::sort(ranges.begin(), ranges.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
+  for (size_t r = 0; r < ranges.size();) {
+    Range joined = ranges[r];
+    while (++r < ranges.size() && ranges[r].begin < joined.end + kHugePage) joined.end = ranges[r].end;
+    if (joined.end - joined.begin < kWorthwhile) continue;
+    // It is advice: what else lies in these pages stays as it is, and nothing is lost where there is no such advice.
+    const uintptr_t first = joined.begin / kPage * kPage;
+    (void)madvise(reinterpret_cast<void*>(first), joined.end - first, MADV_HUGEPAGE);
+  }
+#endif
+}
+
 struct Chunk {
   size_t item;
   int64_t begin, end;
@@ -166,13 +205,14 @@ struct Chunk {
 struct Cpu {
   template <class Rule>
   static void run(const Plan<Rule>& plan, const typename Rule::Options& options) {
+    ask_for_huge_pages(plan);
     std::vector<Chunk> chunks;
     std::vector<size_t> blocks;  // the first chunk of each
     int64_t work = kBlock;
     for (size_t i = 0; i < plan.items.size(); ++i) {
       const Item<Rule>& item = plan.items[i];
       const int64_t tasks = std::max<int64_t>(item.tasks, 1);
-      const int64_t length = std::max(kChunk / tasks / kStrip, int64_t(1)) * kStrip;
+      const int64_t length = tasks == 1 ? kChunk : kRow;
       for (int64_t begin = 0; begin < item.elements; begin += length) {
         if (work >= kBlock) {
           blocks.push_back(chunks.size());

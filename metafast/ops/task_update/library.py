@@ -187,8 +187,8 @@ def vjp(
     wanted = [needed[0] and not same, *needed[1:]]
     products: tuple[list[Tensor], ...] = ([],) * len(wanted)
     if any(wanted):
-        # Parameters are read for a decay of theirs and for the products with rates.
-        read = groups if decays or any(wanted[-2:]) else ([], *groups[1:])
+        # Parameters are read for a decay of theirs alone.
+        read = groups if decays else ([], *groups[1:])
         everything = op.op("_vjp")(
             *(cotangents[0], *op.padded(names, cotangents[1:])),
             *_arguments(op, rule, read),
