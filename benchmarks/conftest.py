@@ -74,8 +74,8 @@ def measure(benchmark, compare) -> Callable[..., dict[str, float]]:
     """``measure(what, call, peers, bars, fastest=None, rounds=None, moved=0)`` times ``call`` and each of ``peers`` in turn.
 
     All have run before, to be compared. The ratios are those of medians; pytest-benchmark's own statistics come from the
-    same rounds. ``moved`` is how many bytes ``call`` reads and writes, each once. ``bars`` names peers; ``fastest`` is the bar against whichever peer turns out to be the fastest. Returns
-    the medians.
+    same rounds. ``bars`` names peers; ``fastest`` is the bar against whichever peer turns out to be the fastest. ``moved``
+    is how many bytes ``call`` reads and writes, each once. Returns the medians.
     """
 
     def run(

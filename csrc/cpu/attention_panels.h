@@ -33,7 +33,7 @@ struct Packed {
 // How many rows a panel has. Taller panels read the keys less often; shorter ones keep the buffers nearer to the core.
 template <typename T>
 int64_t panel_rows(const Problem<T>& problem, int64_t buffers) {
-  constexpr int64_t cache = 1 * 1024 * 1024;
+  constexpr int64_t cache = 1024 * 1024;
   const int64_t columns = std::max<int64_t>(problem.widest(most_rows), 1);
   const int64_t fitting = cache / (buffers * columns * int64_t(sizeof(T)));
   const int64_t most = std::clamp<int64_t>(fitting / 8 * 8, 16, most_rows);
