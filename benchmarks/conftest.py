@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import platform
 import statistics
 from collections.abc import Callable, Mapping
@@ -15,7 +16,7 @@ from metafast.measure import peak_memory, seconds_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Where a benchmark names no number of rounds, it gets about this long, within these limits.
-SECONDS, FEWEST, MOST = 0.5, 3, 50
+SECONDS, FEWEST, MOST = 0.5, 5, 50
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -73,9 +74,9 @@ def compare(benchmark) -> Callable[..., None]:
 def measure(benchmark, compare) -> Callable[..., dict[str, float]]:
     """``measure(what, call, peers, bars, fastest=None, rounds=None, moved=0)`` times ``call`` and each of ``peers`` in turn.
 
-    All have run before, to be compared. The ratios are those of medians; pytest-benchmark's own statistics come from the
-    same rounds. ``bars`` names peers; ``fastest`` is the bar against whichever peer turns out to be the fastest. ``moved``
-    is how many bytes ``call`` reads and writes, each once. Returns the medians.
+    All have run before, to be compared. The ratios are those of medians of rounds that run the two in turn; the statistics
+    of pytest-benchmark come from all rounds. ``bars`` names peers; ``fastest`` is the bar against whichever peer turns out
+    to be the fastest. ``moved`` is how many bytes ``call`` reads and writes, each once. Returns the medians.
     """
 
     def run(
@@ -87,26 +88,33 @@ def measure(benchmark, compare) -> Callable[..., dict[str, float]]:
         rounds: int | None = None,
         moved: int = 0,
     ) -> dict[str, float]:
-        calls = {"": call, **peers}
-        # A round like the others, that says how many to take.
-        seconds = {name: [seconds_of(each, DEVICE)] for name, each in calls.items()}
-        one_round = sum(first for (first,) in seconds.values())
+        # What pytest and the peers have imported is left out of garbage collections, which take the longer the more there is.
+        gc.collect()
+        gc.freeze()
+        # One peer after the other, each in rounds of its own beside ``call``: what a third one leaves behind, in caches and
+        # in the allocator, is no part of a comparison of two. The first round says how many to take.
+        own: dict[str, list[float]] = {name: [] for name in peers or ("",)}
+        others: dict[str, list[float]] = {name: [seconds_of(peer, DEVICE)] for name, peer in peers.items()}
+        one_round = seconds_of(call, DEVICE) + sum(first for (first,) in others.values())
+        each = max(2, rounds or min(MOST, max(FEWEST, int(SECONDS / one_round))))
+        turns = iter([name for name in own for _ in range(each)])
+        now = ""
 
-        def time_peers() -> None:
-            for name, peer in peers.items():
-                seconds[name].append(seconds_of(peer, DEVICE))
+        def time_peer() -> None:
+            nonlocal now
+            now = next(turns)
+            if now in peers:
+                others[now].append(seconds_of(peers[now], DEVICE))
 
-        benchmark.pedantic(
-            lambda: seconds[""].append(seconds_of(call, DEVICE)),
-            setup=time_peers,
-            rounds=(rounds or min(MOST, max(FEWEST, int(SECONDS / one_round)))) - 1,
-        )
-        medians = {name: statistics.median(values) for name, values in seconds.items()}
+        benchmark.pedantic(lambda: own[now].append(seconds_of(call, DEVICE)), setup=time_peer, rounds=each * len(own))
+        medians = {name: statistics.median(values[1:]) for name, values in others.items()}
+        beside = {name: statistics.median(values) for name, values in own.items()}
         for name in peers:
-            compare("time", name, medians[""], medians[name], (bars or {}).get(name))
+            compare("time", name, beside[name], medians[name], (bars or {}).get(name))
         if fastest is not None:
-            best = min(peers, key=lambda name: medians[name])
-            compare("time", f"fastest: {best}", medians[""], medians[best], fastest)
+            best = min(peers, key=lambda name: medians[name] / beside[name])
+            compare("time", f"fastest: {best}", beside[best], medians[best], fastest)
+        medians[""] = statistics.median([value for values in own.values() for value in values])
         if moved:
             benchmark.extra_info["gigabytes_per_second"] = moved / medians[""] / 1e9
         benchmark.extra_info["what"] = what
