@@ -88,7 +88,7 @@ def measure(benchmark, compare) -> Callable[..., dict[str, float]]:
         rounds: int | None = None,
         moved: int = 0,
     ) -> dict[str, float]:
-        # What pytest and the peers have imported is left out of garbage collections, which take the longer the more there is.
+        # What pytest and the peers imported is left out of garbage collections, which take the longer the more there is.
         gc.collect()
         gc.freeze()
         # One peer after the other, each in rounds of its own beside ``call``: what a third one leaves behind, in caches and
