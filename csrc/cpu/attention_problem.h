@@ -113,17 +113,6 @@ struct Panel {
   int64_t columns() const { return end - begin; }
 };
 
-template <typename T>
-bool may_attend(const Problem<T>& problem, const Panel& panel, int64_t row, int64_t column) {
-  if (problem.keep) {
-    const auto& keep = *problem.keep;
-    return keep.at(panel.batch, panel.head)[row * keep.row_stride + column * keep.column_stride];
-  }
-  const auto& bias = *problem.bias;
-  const T added = bias.at(panel.batch, panel.head)[row * bias.row_stride + column * bias.column_stride];
-  return !(added == -std::numeric_limits<T>::infinity());
-}
-
 // Widens a panel to whole blocks of the products. The keys that this adds are forbidden like others inside the panel.
 template <typename T>
 void align(const Problem<T>& problem, Panel& panel) {
@@ -133,26 +122,32 @@ void align(const Problem<T>& problem, Panel& panel) {
   panel.end = std::min(problem.columns, (panel.end + block - 1) / block * block);
 }
 
-// Narrows a panel to the keys between the first and the last that any of its rows may attend to.
+// Narrows a panel to the keys between the first and the last that a mask allows any of its rows.
+template <typename Entry, typename Allows>
+void narrow(const Matrices<const Entry>& mask, Panel& panel, Allows allows) {
+  const Entry* data = mask.at(panel.batch, panel.head) + panel.first * mask.row_stride;
+  const int64_t distinct = mask.row_stride == 0 ? 1 : panel.count;
+  int64_t begin = panel.end, end = panel.begin;
+  for (int64_t i = 0; i < distinct; ++i, data += mask.row_stride) {
+    int64_t first = panel.begin;
+    while (first < begin && !allows(data[first * mask.column_stride])) ++first;
+    begin = std::min(begin, first);
+    int64_t last = panel.end;
+    while (last > end && !allows(data[(last - 1) * mask.column_stride])) --last;
+    end = std::max(end, last);
+  }
+  panel.begin = std::min(begin, end);
+  panel.end = end;
+}
+
+// Narrows a panel to the keys between the first and the last that any of its rows may attend to, in whole blocks.
 template <typename T>
 void trim(const Problem<T>& problem, Panel& panel) {
   const int64_t last_row = panel.first + panel.count - 1;
   panel.end = problem.right < 0 ? problem.columns : std::min(problem.columns, last_row + problem.right + 1);
   panel.begin = problem.left < 0 ? 0 : std::clamp<int64_t>(panel.first - problem.left, 0, panel.end);
-  if (!problem.keep && !problem.bias) return align(problem, panel);
-  const int64_t row_stride = problem.keep ? problem.keep->row_stride : problem.bias->row_stride;
-  const int64_t distinct = row_stride == 0 ? 1 : panel.count;
-  int64_t begin = panel.end, end = panel.begin;
-  for (int64_t i = panel.first; i < panel.first + distinct; ++i) {
-    int64_t first = panel.begin;
-    while (first < begin && !may_attend(problem, panel, i, first)) ++first;
-    begin = std::min(begin, first);
-    int64_t last = panel.end;
-    while (last > end && !may_attend(problem, panel, i, last - 1)) --last;
-    end = std::max(end, last);
-  }
-  panel.begin = std::min(begin, end);
-  panel.end = end;
+  if (problem.keep) narrow(*problem.keep, panel, [](bool keep) { return keep; });
+  if (problem.bias) narrow(*problem.bias, panel, [](T bias) { return !(bias == -std::numeric_limits<T>::infinity()); });
   align(problem, panel);
 }
 
