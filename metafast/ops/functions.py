@@ -2,25 +2,56 @@
 
 from __future__ import annotations
 
-import inspect
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch._functorch.autograd_function import VmapInfo
 
 from metafast.backend import extension, requested_backend
 
-F = TypeVar("F", bound=type[Function])
+_functorch = torch._C._functorch
+_RANDOMNESS = {getattr(_functorch.RandomnessType, name.capitalize()): name for name in ("error", "same", "different")}
 
 
-def with_signature(function: F) -> F:
-    """Class decorator: keeps ``forward``'s signature, which ``Function.apply`` asks for in every call.
+class Function(torch.autograd.Function):
+    """Base of the ops' autograd Functions: ``apply`` without what torch spends on a call, more than a small kernel takes.
 
-    Working it out anew takes longer than a small kernel.
+    Torch binds the arguments to ``forward``'s signature anew, and under vmap passes them through a higher-order operator and
+    several pytrees. Here inputs are positional and complete, tensors are not nested in them, and no output is an input.
     """
-    function.forward.__signature__ = inspect.signature(function.forward)  # type: ignore[attr-defined]
-    return function
+
+    @classmethod
+    def apply(cls, *inputs: Any) -> Any:
+        if not torch._C._are_functorch_transforms_active():
+            # Tensors that a finished transform had wrapped are dead wrappers, which only the dispatcher sees through.
+            return super(torch.autograd.Function, cls).apply(  # type: ignore[misc]
+                *(_functorch.unwrap_if_dead(value) if isinstance(value, Tensor) else value for value in inputs)
+            )
+        top = _functorch.peek_interpreter_stack()
+        if top.level() > 1 or top.key() != _functorch.TransformType.Vmap:
+            return super().apply(*inputs)
+        return _batched_apply(cls, _functorch.CVmapInterpreterPtr(top), inputs)
+
+
+def _batched_apply(function: type[Function], vmap: Any, inputs: tuple[Any, ...]) -> Any:
+    """``function.apply`` under one vmap and nothing else."""
+    pairs = [_functorch._unwrap_batched(value, 1) if isinstance(value, Tensor) else (value, None) for value in inputs]
+    values, in_dims = zip(*pairs, strict=True)
+    info = VmapInfo(vmap.batchSize(), _RANDOMNESS[vmap.randomness()])
+    layer = _functorch.pop_dynamic_layer_stack()
+    try:
+        if all(dim is None for dim in in_dims):
+            return function.apply(*values)
+        outputs, out_dims = function.vmap(info, in_dims, *values)
+    finally:
+        _functorch.push_dynamic_layer_stack(layer)
+    if isinstance(outputs, Tensor):
+        return _functorch._add_batch_dim(outputs, out_dims, 1)
+    return tuple(
+        _functorch._add_batch_dim(output, dim, 1) if isinstance(output, Tensor) and dim is not None else output
+        for output, dim in zip(outputs, out_dims, strict=True)
+    )
 
 
 def batched(

@@ -15,10 +15,9 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from metafast.ops.attention.library import load_kernels
-from metafast.ops.functions import all_batched, batched, with_signature
+from metafast.ops.functions import Function, all_batched, batched
 
 _ops = torch.ops.metafast
 
@@ -45,7 +44,6 @@ def attention(
     return Attention.apply(query, key, value, *options)[0]
 
 
-@with_signature
 class Attention(Function):
     @staticmethod
     def forward(
@@ -92,7 +90,6 @@ class Attention(Function):
         return Attention.apply(*batched(info, in_dims, inputs, unexpanded=(3,))), (0, 0)
 
 
-@with_signature
 class AttentionBackward(Function):
     """Gradients by query, key and value, and with ``by_mask`` by an additive mask."""
 
@@ -153,7 +150,6 @@ class AttentionBackward(Function):
         return all_batched(AttentionBackward.apply(*batched(info, in_dims, inputs, unexpanded=_unless(inputs[-1], 6))))
 
 
-@with_signature
 class AttentionJvp(Function):
     @staticmethod
     def forward(
@@ -213,7 +209,6 @@ class AttentionJvp(Function):
         return AttentionJvp.apply(*batched(info, in_dims, inputs, unexpanded=(8, 9))), 0
 
 
-@with_signature
 class AttentionBackwardJvp(Function):
     """Tangents of the output and of what ``AttentionBackward`` returns."""
 

@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
-from metafast.ops.functions import batched, has_cpu_kernels, with_signature
+from metafast.ops.functions import Function, batched, has_cpu_kernels
 from metafast.ops.gelu import library as _library  # noqa: F401 - defines the op
 from metafast.ops.gelu.reference import first_derivative, second_derivative
 
@@ -27,7 +26,6 @@ def gelu(input: Tensor, *, approximate: str = "none") -> Tensor:
     return _Gelu.apply(input)
 
 
-@with_signature
 class _Gelu(Function):
     @staticmethod
     def forward(input: Tensor) -> Tensor:
@@ -52,7 +50,6 @@ class _Gelu(Function):
         return _Gelu.apply(input), in_dims[0]
 
 
-@with_signature
 class _GeluBackward(Function):
     @staticmethod
     def forward(grad: Tensor, input: Tensor) -> Tensor:

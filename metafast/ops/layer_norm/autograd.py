@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
-from metafast.ops.functions import all_batched, batched, has_cpu_kernels, with_signature
+from metafast.ops.functions import Function, all_batched, batched, has_cpu_kernels
 from metafast.ops.layer_norm import library as _library  # noqa: F401 - defines the ops
 from metafast.ops.layer_norm import reference
 
@@ -47,7 +46,6 @@ def layer_norm(
     return _LayerNorm.apply(input, weight, bias, eps)[0]
 
 
-@with_signature
 class _LayerNorm(Function):
     @staticmethod
     def forward(input: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -76,7 +74,6 @@ class _LayerNorm(Function):
         return all_batched(_LayerNorm.apply(*batched(info, in_dims, inputs)))
 
 
-@with_signature
 class _LayerNormBackward(Function):
     @staticmethod
     def forward(

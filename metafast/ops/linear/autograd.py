@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
-from metafast.ops.functions import is_forward_over_forward, with_signature
+from metafast.ops.functions import Function, is_forward_over_forward
 
 _torch_linear = torch.nn.functional.linear
 
@@ -29,7 +28,6 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _Linear.apply(input, weight, bias)
 
 
-@with_signature
 class _Linear(Function):
     @staticmethod
     def forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from metafast.inner import Rule
-from metafast.ops.functions import with_signature
 from metafast.ops.task_update import library, reference
 
 __all__ = ["update"]
@@ -93,7 +92,6 @@ class _Layout:
         return _vjp(self.reference, flat[self.results :], flat[: self.results])
 
 
-@with_signature
 class _Update(torch.autograd.Function):
     @staticmethod
     def forward(layout: _Layout, *flat: Tensor) -> Tensors:
@@ -138,7 +136,6 @@ class _Update(torch.autograd.Function):
         return _vmap(_Update, info.batch_size, in_dims[1:], layout, flat)
 
 
-@with_signature
 class _Vjp(torch.autograd.Function):
     """The vector-Jacobian product as a function of the cotangents and, where the update is not linear, its tensors."""
 
