@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from metafast.inner import Rule
-from metafast.meta.inner_loop import InnerLoop, Start
+from metafast.meta.capture import Captured
+from metafast.meta.inner_loop import Adapted, InnerLoop, Start
 from metafast.meta.memory import graphs_fit
 from metafast.meta.parameters import Selection, picked, split_parameters
 from metafast.meta.rates import LearnedRates
@@ -42,6 +43,7 @@ class Options(TypedDict, total=False):
     tasks_per_chunk: int | None
     reduction: str
     on_nonfinite: str
+    capture: bool
 
 
 class Outcome(NamedTuple):
@@ -97,6 +99,12 @@ class MetaLearner(nn.Module):
             ``DistributedDataParallel``: the mean over the tasks of all ranks, which may have different numbers of them.
         on_nonfinite: ``"raise"``, or ``"skip"``: a task with a loss that is not finite is logged and left out, and the
             call is repeated on the others. (One that is not finite in the meta-gradient alone is not noticed.)
+        capture: record the whole step (inner loop and meta-gradient, which the call then computes already) at the first call
+            with given shapes, and replay it at the next ones: the same numbers without Python, autograd and allocation
+            between the kernels, which is much of the time where tensors are small. On CUDA a replay is one CUDA
+            graph. ``model`` and ``loss_fn`` must do the same each time: what they compute in Python is computed once, and a
+            look at the values of tensors is refused. Recording takes seconds; programs for the last few kinds of call are
+            kept, each with its memory.
 
     Attributes:
         outcome: the :class:`Outcome` of the latest call.
@@ -122,6 +130,7 @@ class MetaLearner(nn.Module):
         tasks_per_chunk: int | None = None,
         reduction: str = "mean",
         on_nonfinite: str = "raise",
+        capture: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
@@ -134,6 +143,8 @@ class MetaLearner(nn.Module):
             raise ValueError(f"checkpoint: expected True, False or 'auto', got {checkpoint!r}")
         if on_nonfinite not in ("raise", "skip"):
             raise ValueError(f"on_nonfinite: expected 'raise' or 'skip', got {on_nonfinite!r}")
+        if not isinstance(capture, bool):
+            raise TypeError(f"capture: expected True or False, got {type(capture).__name__}")
         check_reduction(reduction)
         self.model = model
         self.loss_fn = loss_fn
@@ -147,6 +158,8 @@ class MetaLearner(nn.Module):
         )
         self.reduction = reduction
         self.on_nonfinite = on_nonfinite
+        self.capture = capture
+        self._captured = Captured(self)
         self._adapted_names, self._shared_names = split_parameters(model, adapt_parameters)
         self.rates = LearnedRates(inner, self._rated_params(), steps)
         self._use_model(model, task_batching)
@@ -193,12 +206,19 @@ class MetaLearner(nn.Module):
         tasks = count_tasks(support, "support")
         steps = self.steps if steps is None else check_count("steps", steps)
         check_support_steps(support, steps)
-        with torch.no_grad(), Buffers(self.model).scratch():
+
+        def adapted(support: Any) -> tuple[Adapted, Params]:
             start = self._start(support)
-            adapted = self._loop(order=1)(start, support, tasks, steps)
-        check_finite(adapted.losses, None)
-        shared = {name: p.detach() for name, p in start.shared.items()}
-        return self._learners({name: p.detach() for name, p in adapted.params.items()}, shared)
+            return self._loop(order=1)(start, support, tasks, steps), start.shared
+
+        with torch.no_grad(), Buffers(self.model).scratch():
+            if self.capture:
+                (params, losses), shared = self._captured(f"adapt {steps}", adapted, support, update_buffers=False)
+            else:
+                (params, losses), shared = adapted(support)
+        check_finite(losses, None)
+        params, shared = ({name: p.detach() for name, p in own.items()} for own in (params, shared))
+        return self._learners(params, shared)
 
     @property
     def device(self) -> torch.device:
@@ -234,10 +254,12 @@ class MetaLearner(nn.Module):
 
     def _training_loop(self, start: Start, support: Any, tasks: int) -> InnerLoop:
         """The loop of a call, with graphs kept or rebuilt."""
-        checkpoint = self.checkpoint
-        if checkpoint == "auto":
-            checkpoint = self.order == 2 and torch.is_grad_enabled() and not self._graphs_fit(start, support, tasks)
-        return self._loop(self.order, checkpoint)
+        return self._loop(self.order, self._rebuilds(start, support, tasks))
+
+    def _rebuilds(self, start: Start, support: Any, tasks: int) -> bool:
+        if self.checkpoint != "auto":
+            return self.checkpoint
+        return self.order == 2 and torch.is_grad_enabled() and not self._graphs_fit(start, support, tasks)
 
     def _graphs_fit(self, start: Start, support: Any, tasks: int) -> bool:
         shapes = tuple((leaf.shape, leaf.dtype) for leaf in pytree.tree_leaves(support))
@@ -276,22 +298,21 @@ class MetaLearner(nn.Module):
     def _total(self, support: Any, query: Any, weights: Tensor) -> tuple[Tensor, Run]:
         tasks = len(weights)
         size = self.tasks_per_chunk or tasks
-        if size >= tasks:
+        if size >= tasks and not self.capture:
             return self._weighted(support, query, weights)
         params = self._trained()
-        gradients = [torch.zeros_like(p) for p in params]
+        gradients: list[Tensor | None] = [None] * len(params)
         totals, runs = [], []
         for first in range(0, tasks, size):
             chunk = slice(first, first + size)
-            total, run = self._weighted(
+            total, parts, run = self._with_gradients(
                 select_tasks(support, chunk), None if query is None else select_tasks(query, chunk), weights[chunk]
             )
-            if total.requires_grad:
-                parts = torch.autograd.grad(total, params, allow_unused=True)
-                for gradient, part in zip(gradients, parts, strict=True):
-                    if part is not None:
-                        gradient += part
-            totals.append(total.detach())
+            gradients = [
+                part if gradient is None else gradient if part is None else gradient + part
+                for gradient, part in zip(gradients, parts, strict=True)
+            ]
+            totals.append(total)
             runs.append(run)
         total = torch.stack(totals).sum()
         return with_gradients(total, gradients, params), Run(
@@ -300,6 +321,22 @@ class MetaLearner(nn.Module):
             None if query is None else torch.cat([_given(run.query_losses) for run in runs]),
             {name: torch.cat([run.metrics[name] for run in runs]) for name in runs[0].metrics},
         )
+
+    def _with_gradients(self, support: Any, query: Any, weights: Tensor) -> tuple[Tensor, list[Tensor | None], Run]:
+        """The weighted sum of losses, without a graph, and its gradients by :meth:`_trained`."""
+
+        def computed(support: Any, query: Any, weights: Tensor) -> tuple[Tensor, list[Tensor | None], Run]:
+            total, run = self._weighted(support, query, weights)
+            params = self._trained()
+            if not total.requires_grad:
+                return total, [None] * len(params), run
+            return total.detach(), list(torch.autograd.grad(total, params, allow_unused=True)), run
+
+        if not self.capture:
+            return computed(support, query, weights)
+        # Looks at the memory that is free, so not while recording.
+        self._rebuilds(self._start(support), support, len(weights))
+        return self._captured("step", computed, support, query, weights)
 
     def _weighted(self, support: Any, query: Any, weights: Tensor) -> tuple[Tensor, Run]:
         run = self._run(support, query, len(weights))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,12 +10,12 @@ from torch import Tensor
 from torch.autograd import Function
 
 
-def with_gradients(values: Tensor, gradients: list[Tensor], params: list[Tensor]) -> Tensor:
+def with_gradients(values: Tensor, gradients: Sequence[Tensor | None], params: list[Tensor]) -> Tensor:
     """``values`` as a function of ``params`` with given derivatives.
 
     Args:
         values: of any shape, ``[]`` or ``[T]``.
-        gradients: for each of ``params`` the derivatives of all values, ``[*values.shape, *param.shape]``.
+        gradients: for each of ``params`` the derivatives of all values, ``[*values.shape, *param.shape]``, or None.
         params: what gets the gradients.
     """
     return _WithGradients.apply(values.detach(), gradients, *params)
@@ -22,11 +23,15 @@ def with_gradients(values: Tensor, gradients: list[Tensor], params: list[Tensor]
 
 class _WithGradients(Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, gradients: list[Tensor], *params: Tensor) -> Tensor:
+    def forward(ctx: Any, values: Tensor, gradients: Sequence[Tensor | None], *params: Tensor) -> Tensor:
         ctx.gradients = gradients
         return values.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, None, *(torch.tensordot(grad.to(g.dtype), g, grad.ndim) for g in ctx.gradients))
+        return (
+            None,
+            None,
+            *(None if g is None else torch.tensordot(grad.to(g.dtype), g, grad.ndim) for g in ctx.gradients),
+        )

@@ -1,0 +1,114 @@
+"""Calls of a meta-learner as programs: recorded at the first call of a kind, replayed at the next ones."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.stateless import _reparametrize_module
+from torch.utils import _pytree as pytree
+
+from metafast.backend import requested_backend
+from metafast.inner import Rule
+from metafast.program import Program
+
+logger = logging.getLogger("metafast")
+
+# Each holds the intermediate values of a step.
+KEPT = 8
+
+
+class Captured:
+    """Functions of a module's parameters and buffers and of other tensors, replayed.
+
+    Args:
+        module: whose parameters and buffers the functions use.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._programs: OrderedDict[Any, tuple[Program, list[str]]] = OrderedDict()
+
+    def __call__(self, name: str, function: Callable[..., Any], *arguments: Any, update_buffers: bool = True) -> Any:
+        """``function(*arguments)`` without a graph; recorded when the name, the arguments' structure and shapes, or
+        anything in :meth:`_settings` is new.
+
+        Args:
+            function: gives a pytree of tensors; runs with the module's parameters as leaves of a graph of its own.
+            arguments: pytrees of tensors; None stands for itself.
+            update_buffers: whether buffers get the values that the function leaves in them.
+        """
+        leaves, structure = pytree.tree_flatten(arguments)
+        state = {**dict(self._module.named_parameters()), **dict(self._module.named_buffers())}
+        inputs = [*(tensor.detach() for tensor in state.values()), *(leaf for leaf in leaves if leaf is not None)]
+        key = (
+            name,
+            str(structure),
+            tuple(leaf is None for leaf in leaves),
+            tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in inputs),
+            tuple(tensor.requires_grad for tensor in state.values()),
+            self._settings(inputs[0].device.type),
+        )
+        if key not in self._programs:
+            changed: list[str] = []
+
+            def run(*tensors: Tensor) -> Any:
+                given = iter(tensors)
+                own = {key: next(given).detach().requires_grad_(tensor.requires_grad) for key, tensor in state.items()}
+                now = [None if leaf is None else next(given) for leaf in leaves]
+                before = {key: (own[key], own[key]._version) for key, _ in self._module.named_buffers()}
+                with _reparametrize_module(self._module, own, tie_weights=True):
+                    result = function(*pytree.tree_unflatten(now, structure))
+                changed.extend(key for key, then in before.items() if _may_have_changed(own[key], *then))
+                return result, [own[key] for key in changed]
+
+            self._programs[key] = self._recorded(name, run, inputs), changed
+            if len(self._programs) > KEPT:
+                self._programs.popitem(last=False)
+        self._programs.move_to_end(key)
+        program, changed = self._programs[key]
+        result, values = program(inputs)
+        if update_buffers:
+            for buffer, value in zip(changed, values, strict=True):
+                state[buffer].copy_(value)
+        return result
+
+    @staticmethod
+    def _recorded(name: str, run: Callable[..., Any], inputs: list[Tensor]) -> Program:
+        started = time.perf_counter()
+        program = Program(run, inputs)
+        seconds, mebibytes = time.perf_counter() - started, program.bytes / 2**20
+        logger.info("capture: recorded %s in %.1f s, %.0f MiB of intermediate values", name, seconds, mebibytes)
+        return program
+
+    def _settings(self, device: str) -> tuple[Any, ...]:
+        """What the module's functions depend on besides tensors."""
+        return (
+            torch.is_grad_enabled(),
+            requested_backend(),
+            torch.is_autocast_enabled(device),
+            torch.get_autocast_dtype(device),
+            tuple(module.training for module in self._module.modules()),
+            tuple((name, repr(value)) for name, value in vars(self._module).items() if _is_plain(value)),
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles record their own."""
+        return {"_module": self._module, "_programs": OrderedDict()}
+
+
+def _may_have_changed(buffer: Tensor, before: Tensor, version: int) -> bool:
+    # Batch norm's kernels write running statistics without a new version.
+    return buffer is not before or buffer._version != version or buffer.is_floating_point()
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a module's attribute is a setting: a number, a string, a rule, or a list of such."""
+    return isinstance(value, (bool, int, float, str, type(None), Rule)) or (
+        isinstance(value, (list, tuple)) and all(map(_is_plain, value))
+    )

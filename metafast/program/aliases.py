@@ -1,0 +1,109 @@
+"""Which values of a graph share memory, and which memory is written to more than once."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._ops import OpOverload
+from torch.utils import _pytree as pytree
+
+
+@dataclass(frozen=True)
+class Root:
+    """The memory that an operation's ``index``-th result was given, or that of an input or attribute."""
+
+    node: fx.Node
+    index: int
+
+
+class Aliases:
+    """The memory behind every value of a graph.
+
+    Attributes:
+        written: memory that some operation changes in place.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        # As a node's value is made up: one, or lists of them.
+        self._roots: dict[fx.Node, Any] = {}
+        self.written: set[Root] = set()
+        for node in graph.nodes:
+            if node.op in ("placeholder", "get_attr"):
+                self._roots[node] = Root(node, 0)
+            elif node.op == "call_function":
+                self._roots[node] = self._of_call(node)
+
+    def of(self, node: fx.Node) -> tuple[Root, ...]:
+        """One for each tensor that the node gives."""
+        return tuple(pytree.tree_leaves(self._roots[node]))
+
+    def read(self, node: fx.Node) -> Iterator[tuple[fx.Node, Root]]:
+        """The values that a node takes, and their memory."""
+        for value in node.all_input_nodes:
+            for root in self.of(value):
+                yield value, root
+
+    def meets_writes(self, node: fx.Node) -> bool:
+        """Whether anything that the node takes or gives is changed in place at some time."""
+        return bool(self.written) and any(
+            root in self.written for value in (node, *node.all_input_nodes) for root in self.of(value)
+        )
+
+    def _of_call(self, node: fx.Node) -> Any:
+        if node.target is operator.getitem:
+            source, index = node.args
+            return self._roots[source][index]  # type: ignore[index]
+        for source in written_arguments(node):
+            self.written.update(self.of(source))
+        base = aliased_argument(node)
+        if base is not None:
+            return pytree.tree_map(lambda _: self._roots[base], node.meta.get("val"))
+        count = itertools.count()
+        return pytree.tree_map(lambda _: Root(node, next(count)), node.meta.get("val"))
+
+
+def results(node: fx.Node) -> list[Tensor]:
+    """The tensors, without data, that a call gives."""
+    return [leaf for leaf in pytree.tree_leaves(node.meta.get("val")) if isinstance(leaf, Tensor)]
+
+
+def written_arguments(node: fx.Node) -> list[fx.Node]:
+    """What a call changes in place."""
+    return [
+        value
+        for argument, value in _arguments(node)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+
+
+def aliased_argument(node: fx.Node) -> fx.Node | None:
+    """The argument that a call returns, or returns views of."""
+    if node.target is torch.ops.aten._unsafe_view.default:
+        # It says that nobody else holds its input; they share memory all the same.
+        return node.args[0]  # type: ignore[return-value]
+    if not isinstance(node.target, OpOverload):
+        return None
+    returns = node.target._schema.returns
+    # What a view returns a list of says nothing of aliases itself.
+    returned = {name for value in returns if value.alias_info for name in value.alias_info.before_set}
+    for argument, value in _arguments(node):
+        if argument.alias_info is not None and (node.target.is_view or returned & set(argument.alias_info.before_set)):
+            return value
+    return None
+
+
+def _arguments(node: fx.Node) -> Iterator[tuple[Any, fx.Node]]:
+    """The schema of every argument, with each value in it."""
+    if not isinstance(node.target, OpOverload):
+        return
+    for position, argument in enumerate(node.target._schema.arguments):
+        given = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
+        for value in pytree.tree_leaves(given):
+            if isinstance(value, fx.Node):
+                yield argument, value

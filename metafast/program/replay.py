@@ -1,0 +1,214 @@
+"""Replaying: every intermediate value has its place in one block of memory, so that views cost nothing and the operations
+between them write where the next one reads."""
+
+from __future__ import annotations
+
+import functools
+import operator
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from metafast.program.aliases import Aliases, Root, aliased_argument, results, written_arguments
+from metafast.program.memory import Arena
+from metafast.program.trace import draws_random_numbers, record
+from metafast.program.variants import writing
+
+Call = Callable[[], object]
+
+
+class Program:
+    """``function(*inputs)`` for inputs of the same shapes, dtypes and devices, without Python, autograd or allocation.
+
+    Args:
+        function: gives a pytree of tensors; what :func:`metafast.program.record` asks of it holds.
+        inputs: such as it will be called with.
+
+    Attributes:
+        bytes: of the intermediate values.
+
+    Raises:
+        NotRecordableError: see :func:`metafast.program.record`.
+    """
+
+    def __init__(self, function: Callable[..., Any], inputs: list[Tensor]) -> None:
+        recorded = record(function, [tensor.contiguous() for tensor in inputs])
+        graph = recorded.module.graph
+        graph.eliminate_dead_code()
+        self._structure = recorded.outputs
+        self._lock = threading.Lock()
+        # Inference tensors: operations on them pass autograd by.
+        with torch.inference_mode():
+            built = _Build(recorded.module, inputs)
+            self._inputs, self._outputs, self._calls, self.bytes = built.inputs, built.outputs, built.calls, built.bytes
+
+    def __call__(self, inputs: list[Tensor]) -> Any:
+        """The function's result, in memory of its own."""
+        with self._lock:
+            with torch.inference_mode():
+                for static, given in zip(self._inputs, inputs, strict=True):
+                    static.copy_(given)
+                for call in self._calls:
+                    call()
+            # Outside, so that these are tensors like any other.
+            with torch.no_grad():
+                leaves = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in self._outputs]
+        return pytree.tree_unflatten(leaves, self._structure)
+
+
+class _Build:
+    """Memory and calls for a graph.
+
+    Attributes:
+        inputs, outputs: tensors that calls read and write; an output may be something else than a tensor.
+        calls: to be made in this order.
+        bytes: of intermediate values.
+    """
+
+    def __init__(self, module: fx.GraphModule, inputs: list[Tensor]) -> None:
+        self._module = module
+        self._nodes = list(module.graph.nodes)
+        self._aliases = Aliases(module.graph)
+        self._constant: set[Root] = set()
+        self._values: dict[fx.Node, Any] = {}
+        self._last_use = self._last_uses()
+        # Calls that write over an argument of theirs.
+        self._over: dict[fx.Node, fx.Node] = {}
+        self._places, self.bytes = self._plan()
+        device = inputs[0].device
+        self._memory = torch.empty(self.bytes, dtype=torch.uint8, device=device).untyped_storage()
+        self.inputs: list[Tensor] = []
+        self.calls: list[Call] = []
+        self.outputs: list[Any] = []
+        for node in self._nodes:
+            if node.op == "placeholder":
+                given = node.meta["val"]
+                self.inputs.append(torch.empty(given.shape, dtype=given.dtype, device=given.device))
+                self._values[node] = self.inputs[-1]
+            elif node.op == "get_attr":
+                self._values[node] = operator.attrgetter(node.target)(module)
+            elif node.op == "call_function":
+                self._values[node] = self._call(node)
+            elif node.op == "output":
+                self.outputs = pytree.tree_leaves(self._now(node.args[0]))
+
+    def _runs(self, node: fx.Node) -> bool:
+        """Whether a node is more than a view of memory that is known beforehand, or than a constant."""
+        if node.op != "call_function" or node.target is operator.getitem:
+            return False
+        if written_arguments(node):
+            return True
+        return aliased_argument(node) is None and not self._is_constant(node)
+
+    def _is_constant(self, node: fx.Node) -> bool:
+        """Whether a call gives the same each time: nothing that it reads comes from an input, an attribute, or chance."""
+        roots = self._aliases.of(node)
+        if any(root in self._constant for root in roots):
+            return True
+        if draws_random_numbers(node) or self._aliases.meets_writes(node):
+            return False
+        if node.target not in _SHAPED_LIKE and any(root not in self._constant for _, root in self._aliases.read(node)):
+            return False
+        self._constant.update(roots)
+        return True
+
+    def _last_uses(self) -> dict[Root, int]:
+        """The position of the last call that reads or writes each piece of memory."""
+        last: dict[Root, int] = {}
+        for position, node in enumerate(self._nodes):
+            if node.op == "output" or self._runs(node):
+                for _, root in self._aliases.read(node):
+                    last[root] = position
+                if node.op != "output":
+                    for root in self._aliases.of(node):
+                        last.setdefault(root, position)
+        return last
+
+    def _plan(self) -> tuple[dict[Root, int], int]:
+        """The offset of everything that calls make, and the size of it all."""
+        arena = Arena()
+        places: dict[Root, int] = {}
+        ending: dict[int, list[Root]] = {}
+        sizes: dict[Root, int] = {}
+        for root, position in self._last_use.items():
+            ending.setdefault(position, []).append(root)
+        for position, node in enumerate(self._nodes):
+            if self._runs(node) and aliased_argument(node) is None:
+                over = self._overwritable(node, position, places)
+                for root, result in zip(self._aliases.of(node), results(node), strict=True):
+                    sizes[root] = _bytes(result)
+                    if over is None:
+                        places[root] = arena.take(sizes[root])
+                    else:
+                        self._over[node] = over
+                        (taken,) = self._aliases.of(over)
+                        places[root], sizes[taken] = places[taken], 0
+            for root in ending.get(position, ()) if node.op != "output" else ():
+                if root in places and sizes[root]:
+                    arena.give_back(places[root], sizes[root])
+        return places, arena.size
+
+    def _overwritable(self, node: fx.Node, position: int, places: dict[Root, int]) -> fx.Node | None:
+        """An argument that an elementwise call may write its result over, in memory that nobody reads afterwards."""
+        if torch.Tag.pointwise not in getattr(node.target, "tags", ()) or len(results(node)) != 1:
+            return None
+        (result,) = results(node)
+        read = list(self._aliases.read(node))
+        for value, root in read:
+            whole = root in places and _bytes(results(root.node)[root.index]) == _bytes(result)
+            views = {_layout(results(other)[0]) for other, of in read if of == root}
+            if whole and self._last_use[root] == position and views == {_layout(result)}:
+                return value
+        return None
+
+    def _call(self, node: fx.Node) -> Any:
+        """What a node's value is, after its call was noted down, or made, if it is made but once."""
+        target: Any = node.target
+        args, kwargs = self._now(node.args), self._now(node.kwargs)
+        if not self._runs(node):
+            return target(*args, **kwargs)
+        if aliased_argument(node) is not None or not results(node):
+            self.calls.append(functools.partial(target, *args, **kwargs))
+            base = aliased_argument(node)
+            return None if base is None else self._values[base]
+        outputs = (
+            [self._values[self._over[node]]]
+            if node in self._over
+            else [self._place(root, like) for root, like in zip(self._aliases.of(node), results(node), strict=True)]
+        )
+        self.calls.append(writing(target, args, kwargs, outputs))
+        return pytree.tree_unflatten(outputs, pytree.tree_structure(node.meta["val"]))
+
+    def _place(self, root: Root, like: Tensor) -> Tensor:
+        tensor = torch.empty(0, dtype=like.dtype, device=like.device)
+        return tensor.set_(self._memory, self._places[root] // like.element_size(), like.shape, like.stride())
+
+    def _now(self, arguments: Any) -> Any:
+        return fx.map_arg(arguments, self._values.__getitem__)
+
+
+# Their results depend on the shape of their argument alone.
+_SHAPED_LIKE = {
+    torch.ops.aten.zeros_like.default,
+    torch.ops.aten.ones_like.default,
+    torch.ops.aten.full_like.default,
+    torch.ops.aten.new_zeros.default,
+    torch.ops.aten.new_ones.default,
+    torch.ops.aten.new_full.default,
+}
+
+
+def _layout(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset()
+
+
+def _bytes(tensor: Tensor) -> int:
+    if tensor.numel() == 0:
+        return 0
+    return (
+        1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    ) * tensor.element_size()

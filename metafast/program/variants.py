@@ -1,0 +1,57 @@
+"""Calls that write into given tensors."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+_aten = torch.ops.aten
+
+
+def writing(
+    op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: list[Tensor]
+) -> Callable[[], object]:
+    """A call without arguments that leaves ``op(*args, **kwargs)`` in ``outputs``."""
+    if op in _COPIES:
+        return functools.partial(outputs[0].copy_, args[0])
+    variant = out_variant(op)
+    if variant is None:
+        return functools.partial(_computed_and_copied, op, args, kwargs, outputs)
+    overload, names = variant
+    return functools.partial(overload, *args, **kwargs, **dict(zip(names, outputs, strict=True)))
+
+
+@functools.cache
+def out_variant(op: OpOverload) -> tuple[OpOverload, tuple[str, ...]] | None:
+    """The overload of ``op`` that writes its results into arguments, and their names; None if there is none."""
+    packet = op.overloadpacket
+    wanted = [(argument.name, str(argument.type)) for argument in op._schema.arguments]
+    for name in packet.overloads():
+        overload = getattr(packet, name)
+        written = [argument for argument in overload._schema.arguments if argument.is_out]
+        others = [(a.name, str(a.type)) for a in overload._schema.arguments if not a.is_out]
+        # Factories lose the arguments that `out` decides.
+        if len(written) == len(op._schema.returns) and others == wanted:
+            return overload, tuple(argument.name for argument in written)
+    return None
+
+
+def _computed_and_copied(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: list[Tensor]) -> None:
+    results = op(*args, **kwargs)
+    for output, result in zip(outputs, _flat(results), strict=True):
+        output.copy_(result)
+
+
+def _flat(results: Any) -> list[Tensor]:
+    if isinstance(results, Tensor):
+        return [results]
+    return [tensor for result in results for tensor in _flat(result)]
+
+
+# What they do besides copying, memory format and dtype, the output has already.
+_COPIES = {_aten.clone.default, _aten._to_copy.default}
