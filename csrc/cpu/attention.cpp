@@ -87,83 +87,132 @@ void backward_jvp(const Problem<T>& problem, const T* statistics, Matrices<const
 
 }  // namespace
 
+void attention_forward_out(
+    const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& attn_mask,
+    const std::optional<Tensor>& seeds, int64_t left, int64_t right, double dropout_p, double scale, const Tensor& out_,
+    const Tensor& statistics) {
+  const Call call(query, key, value, attn_mask, seeds, left, right, dropout_p, scale);
+  const Output out(out_);
+  call.with_problem([&](const auto& problem) {
+    using T = typename std::decay_t<decltype(problem)>::Element;
+    forward(problem, Matrices<T>(out.tensor, problem.lead), static_cast<T*>(statistics.data_ptr()));
+  });
+  out.give();
+}
+
 std::tuple<Tensor, Tensor> attention_forward(
     const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& attn_mask,
     const std::optional<Tensor>& seeds, int64_t left, int64_t right, double dropout_p, double scale) {
-  const Call call(query, key, value, attn_mask, seeds, left, right, dropout_p, scale);
-  Tensor out = output_like(call.query, value.size(value.dim() - 1));
+  const Tensor out = output_like(query, value.size(value.dim() - 1));
   std::vector<int64_t> sizes(query.sizes().begin(), query.sizes().end());
   sizes.back() = 2;
-  Tensor statistics = torch::stable::new_empty(call.query, sizes);
-  call.with_problem([&](const auto& problem) {
-    using T = typename std::decay_t<decltype(problem)>::Element;
-    forward(problem, Matrices<T>(out, problem.lead), static_cast<T*>(statistics.data_ptr()));
-  });
-  return {call.as_given(out), statistics};
+  const ScalarType type = query.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const Tensor statistics = torch::stable::new_empty(query, sizes, type);
+  attention_forward_out(query, key, value, attn_mask, seeds, left, right, dropout_p, scale, out, statistics);
+  return {out, statistics};
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_backward(
+void attention_backward_out(
     const Tensor& grad_out_, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor&,
     const Tensor& statistics_, const std::optional<Tensor>& attn_mask, const std::optional<Tensor>& seeds, int64_t left,
-    int64_t right, double dropout_p, double scale) {
+    int64_t right, double dropout_p, double scale, const Tensor& grad_query_, const Tensor& grad_key_, const Tensor& grad_value_) {
   const Call call(query, key, value, attn_mask, seeds, left, right, dropout_p, scale);
   const Tensor grad_out = rows_as_read(grad_out_), statistics = torch::stable::contiguous(statistics_);
-  Tensor grad_query = output_like(call.query), grad_key = output_like(call.key), grad_value = output_like(call.value);
+  const Output grad_query(grad_query_), grad_key(grad_key_), grad_value(grad_value_);
   call.with_problem([&](const auto& problem) {
     using T = typename std::decay_t<decltype(problem)>::Element;
     const auto& lead = problem.lead;
-    backward(problem, data<T>(statistics), Matrices<const T>(grad_out, lead), Matrices<T>(grad_query, lead),
-             KeySums<T>{Matrices<T>(grad_key, lead), Matrices<T>(grad_value, lead)});
+    backward(problem, data<T>(statistics), Matrices<const T>(grad_out, lead), Matrices<T>(grad_query.tensor, lead),
+             KeySums<T>{Matrices<T>(grad_key.tensor, lead), Matrices<T>(grad_value.tensor, lead)});
   });
-  return {call.as_given(grad_query), call.as_given(grad_key), call.as_given(grad_value)};
+  for (const Output* output : {&grad_query, &grad_key, &grad_value}) output->give();
 }
 
-Tensor attention_jvp(
-    const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& out, const Tensor& statistics_,
+std::tuple<Tensor, Tensor, Tensor> attention_backward(
+    const Tensor& grad_out, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& out,
+    const Tensor& statistics, const std::optional<Tensor>& attn_mask, const std::optional<Tensor>& seeds, int64_t left,
+    int64_t right, double dropout_p, double scale) {
+  const Tensor grad_query = output_like(query), grad_key = output_like(key), grad_value = output_like(value);
+  attention_backward_out(grad_out, query, key, value, out, statistics, attn_mask, seeds, left, right, dropout_p, scale,
+                         grad_query, grad_key, grad_value);
+  return {grad_query, grad_key, grad_value};
+}
+
+void attention_jvp_out(
+    const Tensor& query, const Tensor& key, const Tensor& value, const Tensor&, const Tensor& statistics_,
     const Tensor& tangent_query, const Tensor& tangent_key, const Tensor& tangent_value,
     const std::optional<Tensor>& tangent_mask, const std::optional<Tensor>& attn_mask, const std::optional<Tensor>& seeds,
-    int64_t left, int64_t right, double dropout_p, double scale) {
+    int64_t left, int64_t right, double dropout_p, double scale, const Tensor& tangent_out_) {
   const Call call(query, key, value, attn_mask, seeds, left, right, dropout_p, scale);
   const TangentTensors tangents(tangent_query, tangent_key, tangent_value, tangent_mask);
   const Tensor statistics = torch::stable::contiguous(statistics_);
-  Tensor tangent_out = output_like(as_read(out));
+  const Output tangent_out(tangent_out_);
   call.with_problem([&](const auto& problem) {
     using T = typename std::decay_t<decltype(problem)>::Element;
-    jvp(problem, data<T>(statistics), tangents.read<T>(problem), Matrices<T>(tangent_out, problem.lead));
+    jvp(problem, data<T>(statistics), tangents.read<T>(problem), Matrices<T>(tangent_out.tensor, problem.lead));
   });
-  return call.as_given(tangent_out);
+  tangent_out.give();
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward_jvp(
-    const Tensor& grad_out_, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& out,
+Tensor attention_jvp(
+    const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& out, const Tensor& statistics,
+    const Tensor& tangent_query, const Tensor& tangent_key, const Tensor& tangent_value,
+    const std::optional<Tensor>& tangent_mask, const std::optional<Tensor>& attn_mask, const std::optional<Tensor>& seeds,
+    int64_t left, int64_t right, double dropout_p, double scale) {
+  const Tensor tangent_out = output_like(out);
+  attention_jvp_out(query, key, value, out, statistics, tangent_query, tangent_key, tangent_value, tangent_mask, attn_mask, seeds,
+                    left, right, dropout_p, scale, tangent_out);
+  return tangent_out;
+}
+
+void attention_backward_jvp_out(
+    const Tensor& grad_out_, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor&,
     const Tensor& statistics_, const Tensor& tangent_query, const Tensor& tangent_key, const Tensor& tangent_value,
     const std::optional<Tensor>& tangent_mask, const std::optional<Tensor>& tangent_grad_out_,
     const std::optional<Tensor>& attn_mask, const std::optional<Tensor>& seeds, int64_t left, int64_t right,
-    double dropout_p, double scale) {
+    double dropout_p, double scale, const Tensor& tangent_out_, const Tensor& tangent_grad_query_,
+    const Tensor& tangent_grad_key_, const Tensor& tangent_grad_value_) {
   const Call call(query, key, value, attn_mask, seeds, left, right, dropout_p, scale);
   const TangentTensors tangents(tangent_query, tangent_key, tangent_value, tangent_mask);
   const Tensor grad_out = rows_as_read(grad_out_), statistics = torch::stable::contiguous(statistics_);
   const std::optional<Tensor> tangent_grad_out = rows_as_read(tangent_grad_out_);
-  Tensor tangent_out = output_like(as_read(out)), tangent_grad_query = output_like(call.query);
-  Tensor tangent_grad_key = output_like(call.key), tangent_grad_value = output_like(call.value);
+  const Output tangent_out(tangent_out_), tangent_grad_query(tangent_grad_query_);
+  const Output tangent_grad_key(tangent_grad_key_), tangent_grad_value(tangent_grad_value_);
   call.with_problem([&](const auto& problem) {
     using T = typename std::decay_t<decltype(problem)>::Element;
     const auto& lead = problem.lead;
     std::optional<Matrices<const T>> tangent_g;
     if (tangent_grad_out) tangent_g.emplace(*tangent_grad_out, lead);
     backward_jvp(problem, data<T>(statistics), Matrices<const T>(grad_out, lead), tangents.read<T>(problem), tangent_g,
-                 Matrices<T>(tangent_out, lead), Matrices<T>(tangent_grad_query, lead),
-                 KeySums<T>{Matrices<T>(tangent_grad_key, lead), Matrices<T>(tangent_grad_value, lead)});
+                 Matrices<T>(tangent_out.tensor, lead), Matrices<T>(tangent_grad_query.tensor, lead),
+                 KeySums<T>{Matrices<T>(tangent_grad_key.tensor, lead), Matrices<T>(tangent_grad_value.tensor, lead)});
   });
-  return {call.as_given(tangent_out), call.as_given(tangent_grad_query), call.as_given(tangent_grad_key),
-          call.as_given(tangent_grad_value)};
+  for (const Output* output : {&tangent_out, &tangent_grad_query, &tangent_grad_key, &tangent_grad_value}) output->give();
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward_jvp(
+    const Tensor& grad_out, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& out,
+    const Tensor& statistics, const Tensor& tangent_query, const Tensor& tangent_key, const Tensor& tangent_value,
+    const std::optional<Tensor>& tangent_mask, const std::optional<Tensor>& tangent_grad_out,
+    const std::optional<Tensor>& attn_mask, const std::optional<Tensor>& seeds, int64_t left, int64_t right,
+    double dropout_p, double scale) {
+  const Tensor tangent_out = output_like(out), tangent_grad_query = output_like(query);
+  const Tensor tangent_grad_key = output_like(key), tangent_grad_value = output_like(value);
+  attention_backward_jvp_out(grad_out, query, key, value, out, statistics, tangent_query, tangent_key, tangent_value, tangent_mask,
+                             tangent_grad_out, attn_mask, seeds, left, right, dropout_p, scale, tangent_out, tangent_grad_query,
+                             tangent_grad_key, tangent_grad_value);
+  return {tangent_out, tangent_grad_query, tangent_grad_key, tangent_grad_value};
 }
 
 }  // namespace metafast
 
 STABLE_TORCH_LIBRARY_IMPL(metafast, CPU, library) {
   library.impl("attention_forward", TORCH_BOX(&metafast::attention_forward));
+  library.impl("attention_forward.out", TORCH_BOX(&metafast::attention_forward_out));
   library.impl("attention_backward", TORCH_BOX(&metafast::attention_backward));
+  library.impl("attention_backward.out", TORCH_BOX(&metafast::attention_backward_out));
   library.impl("attention_jvp", TORCH_BOX(&metafast::attention_jvp));
+  library.impl("attention_jvp.out", TORCH_BOX(&metafast::attention_jvp_out));
   library.impl("attention_backward_jvp", TORCH_BOX(&metafast::attention_backward_jvp));
+  library.impl("attention_backward_jvp.out", TORCH_BOX(&metafast::attention_backward_jvp_out));
 }

@@ -39,7 +39,7 @@ inline std::optional<Tensor> rows_as_read(const std::optional<Tensor>& tensor) {
 // An output [*lead, heads, rows, columns] beside an input: in the input's memory order where the shapes agree, as models
 // hand over transposed views and take them back.
 inline Tensor output_like(const Tensor& input, int64_t columns) {
-  if (input.size(input.dim() - 1) == columns) {
+  if (has_plain_rows(input) && input.size(input.dim() - 1) == columns) {
     Tensor output = torch::stable::empty_like(input);
     if (has_plain_rows(output)) return output;
   }
@@ -49,6 +49,22 @@ inline Tensor output_like(const Tensor& input, int64_t columns) {
 }
 
 inline Tensor output_like(const Tensor& input) { return output_like(input, input.size(input.dim() - 1)); }
+
+// A result: written as it is computed, and given in the type that is asked for.
+class Output {
+ public:
+  explicit Output(const Tensor& given) : tensor(is_half(given) ? torch::stable::to(given, ScalarType::Float) : given), given_(given) {}
+
+  const Tensor tensor;
+
+  void give() const {
+    Tensor given = given_;
+    if (is_half(given)) torch::stable::copy_(given, tensor);
+  }
+
+ private:
+  Tensor given_;
+};
 
 // What all passes read, and the type that results are given in.
 class Call {

@@ -1,4 +1,4 @@
-// The double backward of GELU on the CPU, in one pass; torch composes it of a dozen. Forward and backward are torch's own.
+// Backward and double backward of GELU on the CPU, in one vectorised pass each. The forward is torch's own.
 // Formulas in metafast/ops/gelu/README.md.
 
 #include <torch/csrc/stable/library.h>
@@ -24,31 +24,61 @@ namespace {
 
 template <typename T>
 struct GeluRows {
+  using Element = T;
+  // by_x = grad f'(x).
+  void (*backward)(int64_t n, const T* grad, const T* x, T* by_x);
   // by_grad = tangent f'(x), by_x = tangent grad f''(x).
   void (*double_backward)(int64_t n, const T* grad, const T* x, const T* tangent, T* by_grad, T* by_x);
 };
 
 #include "cpu/both_types.inl"
 
+// Calls body(rows, begin, end) for parts of n elements, with the functions for their type.
+template <typename Body>
+void in_parts(const Tensor& x, Body body) {
+  const auto run = [&](const auto& rows) {
+    torch::stable::parallel_for(0, x.numel(), 1 << 13, [&](int64_t begin, int64_t end) { body(rows, begin, end); });
+  };
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return run(single::widest_table());
+    case ScalarType::Double: return run(precise::widest_table());
+    default: throw std::runtime_error("metafast gelu (CPU): expected float32 or float64");
+  }
+}
+
 template <typename T>
-void run(const GeluRows<T>& rows, const Tensor& grad, const Tensor& x, const Tensor& tangent, Tensor& by_grad, Tensor& by_x) {
-  const auto read = [](const Tensor& tensor) { return static_cast<const T*>(tensor.data_ptr()); };
-  const auto write = [](Tensor& tensor) { return static_cast<T*>(tensor.data_ptr()); };
-  const T *g = read(grad), *in = read(x), *t = read(tangent);
-  T *to_grad = write(by_grad), *to_x = write(by_x);
-  torch::stable::parallel_for(0, x.numel(), 1 << 13, [&](int64_t begin, int64_t end) {
-    rows.double_backward(end - begin, g + begin, in + begin, t + begin, to_grad + begin, to_x + begin);
+T* at(const Tensor& tensor, int64_t begin) {
+  return static_cast<T*>(tensor.data_ptr()) + begin;
+}
+
+void gelu_backward_out(const Tensor& grad_, const Tensor& x_, const Tensor& by_x) {
+  const Tensor grad = torch::stable::contiguous(grad_), x = torch::stable::contiguous(x_);
+  in_parts(x, [&](const auto& rows, int64_t begin, int64_t end) {
+    using T = typename std::decay_t<decltype(rows)>::Element;
+    rows.backward(end - begin, at<const T>(grad, begin), at<const T>(x, begin), at<T>(by_x, begin));
   });
 }
 
-std::tuple<Tensor, Tensor> gelu_double_backward(const Tensor& grad_, const Tensor& x_, const Tensor& tangent_) {
+Tensor gelu_backward(const Tensor& grad, const Tensor& x_) {
+  const Tensor x = torch::stable::contiguous(x_);
+  Tensor by_x = torch::stable::empty_like(x);
+  gelu_backward_out(grad, x, by_x);
+  return by_x;
+}
+
+void gelu_double_backward_out(const Tensor& grad_, const Tensor& x_, const Tensor& tangent_, const Tensor& by_grad, const Tensor& by_x) {
   const Tensor grad = torch::stable::contiguous(grad_), x = torch::stable::contiguous(x_), tangent = torch::stable::contiguous(tangent_);
+  in_parts(x, [&](const auto& rows, int64_t begin, int64_t end) {
+    using T = typename std::decay_t<decltype(rows)>::Element;
+    rows.double_backward(end - begin, at<const T>(grad, begin), at<const T>(x, begin), at<const T>(tangent, begin),
+                         at<T>(by_grad, begin), at<T>(by_x, begin));
+  });
+}
+
+std::tuple<Tensor, Tensor> gelu_double_backward(const Tensor& grad, const Tensor& x_, const Tensor& tangent) {
+  const Tensor x = torch::stable::contiguous(x_);
   Tensor by_grad = torch::stable::empty_like(x), by_x = torch::stable::empty_like(x);
-  switch (x.scalar_type()) {
-    case ScalarType::Float: run(single::widest_table(), grad, x, tangent, by_grad, by_x); break;
-    case ScalarType::Double: run(precise::widest_table(), grad, x, tangent, by_grad, by_x); break;
-    default: throw std::runtime_error("metafast gelu (CPU): expected float32 or float64");
-  }
+  gelu_double_backward_out(grad, x, tangent, by_grad, by_x);
   return {by_grad, by_x};
 }
 
@@ -56,5 +86,8 @@ std::tuple<Tensor, Tensor> gelu_double_backward(const Tensor& grad_, const Tenso
 }  // namespace metafast
 
 STABLE_TORCH_LIBRARY_IMPL(metafast, CPU, library) {
+  library.impl("gelu_backward", TORCH_BOX(&metafast::gelu_backward));
+  library.impl("gelu_backward.out", TORCH_BOX(&metafast::gelu_backward_out));
   library.impl("gelu_double_backward", TORCH_BOX(&metafast::gelu_double_backward));
+  library.impl("gelu_double_backward.out", TORCH_BOX(&metafast::gelu_double_backward_out));
 }

@@ -17,19 +17,30 @@ inline float error_function(float x) {
   return above / below;
 }
 
+// Where the density is 0 to any precision the square may be infinite.
+inline REAL bounded_square(REAL x) { return x * x < REAL(1e8) ? x * x : REAL(1e8); }
+
+inline REAL density_at(REAL square) { return exp_nonpositive(REAL(-0.5) * square) * REAL(0.3989422804014326779); }
+
+inline REAL first_derivative(REAL x, REAL density) {
+  return REAL(0.5) + REAL(0.5) * error_function(x * REAL(0.7071067811865475244)) + x * density;
+}
+
+void backward(int64_t n, const REAL* __restrict grad, const REAL* __restrict x, REAL* __restrict by_x) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) by_x[i] = grad[i] * first_derivative(x[i], density_at(bounded_square(x[i])));
+}
+
 void double_backward(int64_t n, const REAL* __restrict grad, const REAL* __restrict x, const REAL* __restrict tangent,
                      REAL* __restrict by_grad, REAL* __restrict by_x) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    // Where the density is 0 to any precision the square may be infinite.
-    const REAL square = x[i] * x[i] < REAL(1e8) ? x[i] * x[i] : REAL(1e8);
-    const REAL density = exp_nonpositive(REAL(-0.5) * square) * REAL(0.3989422804014326779);
-    const REAL first = REAL(0.5) + REAL(0.5) * error_function(x[i] * REAL(0.7071067811865475244)) + x[i] * density;
-    by_grad[i] = tangent[i] * first;
+    const REAL square = bounded_square(x[i]), density = density_at(square);
+    by_grad[i] = tangent[i] * first_derivative(x[i], density);
     by_x[i] = tangent[i] * grad[i] * density * (REAL(2) - square);
   }
 }
 
-const GeluRows<REAL> table{double_backward};
+const GeluRows<REAL> table{backward, double_backward};
 
 }  // namespace CAPABILITY_NAMESPACE

@@ -90,23 +90,29 @@ void for_each_row_summing(const Tensor& input, const std::vector<Rows<T>>& outpu
   }
 }
 
-std::tuple<Tensor, Tensor> layer_norm_forward(const Tensor& input_, const Tensor& weight_, const Tensor& bias_, double eps) {
+// Outputs are contiguous.
+void layer_norm_forward_out(const Tensor& input_, const Tensor& weight_, const Tensor& bias_, double eps, const Tensor& out, const Tensor& statistics) {
   const Tensor input = torch::stable::contiguous(input_), weight = torch::stable::contiguous(weight_), bias = torch::stable::contiguous(bias_);
-  Tensor out = torch::stable::empty_like(input);
-  Tensor statistics = torch::stable::new_empty(input, std::vector<int64_t>{input.size(0), input.size(1), 2});
   with_rows(input, [&](const auto& rows) {
     using T = typename std::decay_t<decltype(rows)>::Element;
     const Rows<const T> x(input), w(weight), b(bias);
     const Rows<T> y(out), s(statistics);
     for_each_row(input, [&](int64_t task, int64_t i) { rows.forward(x.n, x.at(i), w.at(task), b.at(task), T(eps), y.at(i), s.at(i)); });
   });
+}
+
+std::tuple<Tensor, Tensor> layer_norm_forward(const Tensor& input_, const Tensor& weight, const Tensor& bias, double eps) {
+  const Tensor input = torch::stable::contiguous(input_);
+  Tensor out = torch::stable::empty_like(input);
+  Tensor statistics = torch::stable::new_empty(input, std::vector<int64_t>{input.size(0), input.size(1), 2});
+  layer_norm_forward_out(input, weight, bias, eps, out, statistics);
   return {out, statistics};
 }
 
-std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad_, const Tensor& input_, const Tensor& weight_, const Tensor& statistics_) {
+void layer_norm_backward_out(const Tensor& grad_, const Tensor& input_, const Tensor& weight_, const Tensor& statistics_, const Tensor& grad_input,
+                             const Tensor& grad_weight, const Tensor& grad_bias) {
   const Tensor grad = torch::stable::contiguous(grad_), input = torch::stable::contiguous(input_);
   const Tensor weight = torch::stable::contiguous(weight_), statistics = torch::stable::contiguous(statistics_);
-  Tensor grad_input = torch::stable::empty_like(input), grad_weight = torch::stable::empty_like(weight), grad_bias = torch::stable::empty_like(weight);
   with_rows(input, [&](const auto& rows) {
     using T = typename std::decay_t<decltype(rows)>::Element;
     const Rows<const T> g(grad), x(input), w(weight), s(statistics);
@@ -115,19 +121,23 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad_, cons
       rows.backward(x.n, g.at(i), x.at(i), w.at(task), s.at(i), dx.at(i), sums, sums + x.n);
     });
   });
+}
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad, const Tensor& input_, const Tensor& weight_, const Tensor& statistics) {
+  const Tensor input = torch::stable::contiguous(input_), weight = torch::stable::contiguous(weight_);
+  Tensor grad_input = torch::stable::empty_like(input), grad_weight = torch::stable::empty_like(weight), grad_bias = torch::stable::empty_like(weight);
+  layer_norm_backward_out(grad, input, weight, statistics, grad_input, grad_weight, grad_bias);
   return {grad_input, grad_weight, grad_bias};
 }
 
-// (tangent_out, tangent_grad_input, tangent_grad_weight)
-std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_jvp(
+void layer_norm_backward_jvp_out(
     const Tensor& grad_, const Tensor& input_, const Tensor& weight_, const Tensor& statistics_, const Tensor& tangent_input_,
-    const Tensor& tangent_weight_, const Tensor& tangent_bias_) {
+    const Tensor& tangent_weight_, const Tensor& tangent_bias_, const Tensor& tangent_out, const Tensor& tangent_grad_input,
+    const Tensor& tangent_grad_weight) {
   const Tensor grad = torch::stable::contiguous(grad_), input = torch::stable::contiguous(input_);
   const Tensor weight = torch::stable::contiguous(weight_), statistics = torch::stable::contiguous(statistics_);
   const Tensor tangent_input = torch::stable::contiguous(tangent_input_);
   const Tensor tangent_weight = torch::stable::contiguous(tangent_weight_), tangent_bias = torch::stable::contiguous(tangent_bias_);
-  Tensor tangent_out = torch::stable::empty_like(input), tangent_grad_input = torch::stable::empty_like(input);
-  Tensor tangent_grad_weight = torch::stable::empty_like(weight);
   with_rows(input, [&](const auto& rows) {
     using T = typename std::decay_t<decltype(rows)>::Element;
     const Rows<const T> g(grad), x(input), w(weight), s(statistics), a(tangent_input), p(tangent_weight), q(tangent_bias);
@@ -136,6 +146,17 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_jvp(
       rows.backward_jvp(x.n, g.at(i), x.at(i), w.at(task), s.at(i), a.at(i), p.at(task), q.at(task), ty.at(i), tdx.at(i), sums);
     });
   });
+}
+
+// (tangent_out, tangent_grad_input, tangent_grad_weight)
+std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_jvp(
+    const Tensor& grad, const Tensor& input_, const Tensor& weight_, const Tensor& statistics, const Tensor& tangent_input,
+    const Tensor& tangent_weight, const Tensor& tangent_bias) {
+  const Tensor input = torch::stable::contiguous(input_), weight = torch::stable::contiguous(weight_);
+  Tensor tangent_out = torch::stable::empty_like(input), tangent_grad_input = torch::stable::empty_like(input);
+  Tensor tangent_grad_weight = torch::stable::empty_like(weight);
+  layer_norm_backward_jvp_out(grad, input, weight, statistics, tangent_input, tangent_weight, tangent_bias, tangent_out, tangent_grad_input,
+                              tangent_grad_weight);
   return {tangent_out, tangent_grad_input, tangent_grad_weight};
 }
 
@@ -144,6 +165,9 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_jvp(
 
 STABLE_TORCH_LIBRARY_IMPL(metafast, CPU, library) {
   library.impl("layer_norm_forward", TORCH_BOX(&metafast::layer_norm_forward));
+  library.impl("layer_norm_forward.out", TORCH_BOX(&metafast::layer_norm_forward_out));
   library.impl("layer_norm_backward", TORCH_BOX(&metafast::layer_norm_backward));
+  library.impl("layer_norm_backward.out", TORCH_BOX(&metafast::layer_norm_backward_out));
   library.impl("layer_norm_backward_jvp", TORCH_BOX(&metafast::layer_norm_backward_jvp));
+  library.impl("layer_norm_backward_jvp.out", TORCH_BOX(&metafast::layer_norm_backward_jvp_out));
 }

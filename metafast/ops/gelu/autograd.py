@@ -53,7 +53,7 @@ class _Gelu(Function):
 class _GeluBackward(Function):
     @staticmethod
     def forward(grad: Tensor, input: Tensor) -> Tensor:
-        return torch.ops.aten.gelu_backward(grad, input)
+        return torch.ops.metafast.gelu_backward(grad, input)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:

@@ -1,12 +1,20 @@
-"""The op as torch's dispatcher knows it; its kernel is in ``csrc/cpu/gelu.cpp``."""
+"""The ops as torch's dispatcher knows them; their kernels are in ``csrc/cpu/gelu.cpp``."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from metafast.ops.schemas import define_with_out
+
 _library = torch.library.Library("metafast", "FRAGMENT")
-_library.define("gelu_double_backward(Tensor grad, Tensor input, Tensor tangent) -> (Tensor, Tensor)")
+define_with_out(_library, "gelu_backward(Tensor grad, Tensor input) -> Tensor", 1)
+define_with_out(_library, "gelu_double_backward(Tensor grad, Tensor input, Tensor tangent) -> (Tensor, Tensor)", 2)
+
+
+@torch.library.register_fake("metafast::gelu_backward", lib=_library)
+def _(grad: Tensor, input: Tensor) -> Tensor:
+    return torch.empty_like(input.contiguous())
 
 
 @torch.library.register_fake("metafast::gelu_double_backward", lib=_library)
