@@ -64,8 +64,8 @@ def learner(algorithm: str) -> MetaLearner:
     """MAML or Meta-SGD as the paper starts them."""
     sgd = metafast.inner.SGD(lr=0.01)
     if algorithm == "MAML":
-        return metafast.MAML(network(), loss_fn, inner=sgd)
-    meta = metafast.MetaSGD(network(), loss_fn, inner=sgd)
+        return metafast.MAML(network(), loss_fn, inner=sgd, capture=True)
+    meta = metafast.MetaSGD(network(), loss_fn, inner=sgd, capture=True)
     for alpha in meta.rates.parameters():
         nn.init.uniform_(alpha, 0.005, 0.1)
     return meta
@@ -73,7 +73,7 @@ def learner(algorithm: str) -> MetaLearner:
 
 def train(meta: MetaLearner, iterations: int, tasks: int, lr: float, generator: torch.Generator) -> None:
     """Meta-trains on 5-shot tasks."""
-    optimizer = torch.optim.Adam(meta.parameters(), lr)
+    optimizer = torch.optim.Adam(meta.parameters(), lr, fused=True)
     for _ in range(iterations):
         support, query = episode(tasks, 5, generator)
         optimizer.zero_grad()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from metafast.backend import BackendUnavailableError
 from metafast.inner import Rule
 from metafast.meta.capture import Captured
 from metafast.meta.inner_loop import Adapted, InnerLoop, Start
@@ -44,6 +45,7 @@ class Options(TypedDict, total=False):
     reduction: str
     on_nonfinite: str
     capture: bool
+    cuda_graph: bool
 
 
 class Outcome(NamedTuple):
@@ -105,6 +107,7 @@ class MetaLearner(nn.Module):
             graph. ``model`` and ``loss_fn`` must do the same each time: what they compute in Python is computed once, and a
             look at the values of tensors is refused. Recording takes seconds; programs for the last few kinds of call are
             kept, each with its memory.
+        cuda_graph: ``capture``, and an error where the model is not on a CUDA device.
 
     Attributes:
         outcome: the :class:`Outcome` of the latest call.
@@ -131,6 +134,7 @@ class MetaLearner(nn.Module):
         reduction: str = "mean",
         on_nonfinite: str = "raise",
         capture: bool = False,
+        cuda_graph: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
@@ -143,8 +147,9 @@ class MetaLearner(nn.Module):
             raise ValueError(f"checkpoint: expected True, False or 'auto', got {checkpoint!r}")
         if on_nonfinite not in ("raise", "skip"):
             raise ValueError(f"on_nonfinite: expected 'raise' or 'skip', got {on_nonfinite!r}")
-        if not isinstance(capture, bool):
-            raise TypeError(f"capture: expected True or False, got {type(capture).__name__}")
+        for name, value in (("capture", capture), ("cuda_graph", cuda_graph)):
+            if not isinstance(value, bool):
+                raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")
         check_reduction(reduction)
         self.model = model
         self.loss_fn = loss_fn
@@ -158,7 +163,8 @@ class MetaLearner(nn.Module):
         )
         self.reduction = reduction
         self.on_nonfinite = on_nonfinite
-        self.capture = capture
+        self.capture = capture or cuda_graph
+        self.cuda_graph = cuda_graph
         self._captured = Captured(self)
         self._adapted_names, self._shared_names = split_parameters(model, adapt_parameters)
         self.rates = LearnedRates(inner, self._rated_params(), steps)
@@ -334,6 +340,10 @@ class MetaLearner(nn.Module):
 
         if not self.capture:
             return computed(support, query, weights)
+        if self.cuda_graph and self.device.type != "cuda":
+            raise BackendUnavailableError(
+                f"cuda_graph: expected the model on a CUDA device, got {self.device}; capture=True replays anywhere"
+            )
         # Looks at the memory that is free, so not while recording.
         self._rebuilds(self._start(support), support, len(weights))
         return self._captured("step", computed, support, query, weights)

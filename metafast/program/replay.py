@@ -45,19 +45,25 @@ class Program:
         with torch.inference_mode():
             built = _Build(recorded.module, inputs)
             self._inputs, self._outputs, self._calls, self.bytes = built.inputs, built.outputs, built.calls, built.bytes
+            if inputs[0].device.type == "cuda":
+                self._take(inputs)
+                self._calls = [_as_cuda_graph(self._calls, inputs[0].device)]
 
     def __call__(self, inputs: list[Tensor]) -> Any:
         """The function's result, in memory of its own."""
         with self._lock:
             with torch.inference_mode():
-                for static, given in zip(self._inputs, inputs, strict=True):
-                    static.copy_(given)
+                self._take(inputs)
                 for call in self._calls:
                     call()
             # Outside, so that these are tensors like any other.
             with torch.no_grad():
                 leaves = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in self._outputs]
         return pytree.tree_unflatten(leaves, self._structure)
+
+    def _take(self, inputs: list[Tensor]) -> None:
+        for static, given in zip(self._inputs, inputs, strict=True):
+            static.copy_(given)
 
 
 class _Build:
@@ -189,6 +195,22 @@ class _Build:
 
     def _now(self, arguments: Any) -> Any:
         return fx.map_arg(arguments, self._values.__getitem__)
+
+
+def _as_cuda_graph(calls: list[Call], device: torch.device) -> Call:
+    """One call that replays all of them."""
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    # Once before, on a stream of its own: kernels are compiled and libraries set up, which a capture may not do.
+    with torch.cuda.stream(stream), torch.random.fork_rng([device]):
+        for call in calls:
+            call()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(device), torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return graph.replay
 
 
 # Their results depend on the shape of their argument alone.
