@@ -63,8 +63,8 @@ def draw(setting, device):
     return model, *(tuple(x.to(device) for x in batch) for batch in batches)
 
 
-def ours(model, support, query, setting, algorithm, checkpoint=False):
-    inner, options = metafast.inner.SGD(lr=LR), {"steps": setting.steps, "checkpoint": checkpoint}
+def ours(model, support, query, setting, algorithm, checkpoint=False, capture=False):
+    inner, options = metafast.inner.SGD(lr=LR), {"steps": setting.steps, "checkpoint": checkpoint, "capture": capture}
     if algorithm == "Reptile":
         meta = metafast.Reptile(model, loss_fn, inner=inner, **options)
         batches = (support,)
@@ -118,14 +118,28 @@ def place(setting, panel):
 @pytest.mark.parametrize("algorithm", ["MAML", "FOMAML", "Reptile"])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_peers(name, algorithm, measure, device, benchmark):
+    """A step whose inputs have the shapes of an earlier one, as in training: replayed."""
     setting = SETTINGS[name]
     benchmark.group = f"{algorithm} {name}"
     benchmark.extra_info["plot"] = place(setting, algorithm)
     batches = draw(setting, device)
-    own, others = ours(*batches, setting, algorithm), peers(*batches, setting, algorithm)
-    assert_equal({**others, "metafast": own}, others["plain loop"]())
+    own, others = ours(*batches, setting, algorithm, capture=True), peers(*batches, setting, algorithm)
+    assert_equal({**others, "metafast, captured": own}, others["plain loop"]())
     bar = setting.second if algorithm == "MAML" else setting.first
-    measure("metafast", own, others, fastest=bar, rounds=setting.rounds)
+    measure("metafast, captured", own, others, fastest=bar, rounds=setting.rounds)
+
+
+@pytest.mark.parametrize("algorithm", ["MAML", "FOMAML", "Reptile"])
+@pytest.mark.parametrize("name", ["S", "M"])
+def test_uncaptured(name, algorithm, measure, device, benchmark):
+    """Every step as Python writes it."""
+    setting = SETTINGS[name]
+    benchmark.group = f"{algorithm} {name}, not captured"
+    batches = draw(setting, device)
+    own, loop = ours(*batches, setting, algorithm), peers(*batches, setting, algorithm)["plain loop"]
+    assert_equal({"metafast": own}, loop())
+    bars = {"plain loop": 1.2} if (name, algorithm) == ("S", "MAML") else None
+    measure("metafast", own, {"plain loop": loop}, bars, rounds=setting.rounds)
 
 
 def test_bfloat16(measure, device, benchmark):

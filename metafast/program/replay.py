@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from metafast.program.aliases import Aliases, Root, aliased_argument, results, written_arguments
 from metafast.program.memory import Arena
+from metafast.program.rewrite import simplify
 from metafast.program.trace import draws_random_numbers, record
 from metafast.program.variants import writing
 
@@ -38,7 +39,7 @@ class Program:
     def __init__(self, function: Callable[..., Any], inputs: list[Tensor]) -> None:
         recorded = record(function, [tensor.contiguous() for tensor in inputs])
         graph = recorded.module.graph
-        graph.eliminate_dead_code()
+        simplify(graph)
         self._structure = recorded.outputs
         self._lock = threading.Lock()
         # Inference tensors: operations on them pass autograd by.
