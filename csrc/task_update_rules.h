@@ -46,6 +46,31 @@ struct SgdUpdate {
   }
 };
 
+// Without momentum and with rates that are numbers there is little to compute, and operands that are not there cost.
+struct PlainSgd {
+  double lr, weight_decay;
+  bool maximize;
+
+  template <class C>
+  struct As {
+    C lr, weight_decay, sign;
+
+    explicit As(const PlainSgd& rule)
+        : lr(C(rule.lr)), weight_decay(C(rule.weight_decay)), sign(C(rule.maximize ? -1 : 1)) {}
+  };
+};
+
+struct PlainSgdUpdate {
+  using Options = PlainSgd;
+  enum In { param, grad, inputs };
+  enum Out { new_param, outputs };
+
+  template <class C>
+  static METAFAST_ELEMENT void element(const PlainSgd::As<C>& rule, const C* in, C* out) {
+    out[new_param] = in[param] - rule.lr * (rule.sign * in[grad] + rule.weight_decay * in[param]);
+  }
+};
+
 // The vector-Jacobian product. The update is linear in parameter, gradient and buffer: only where a rate is learned
 // does the product need them.
 template <bool learned>

@@ -92,6 +92,12 @@ METAFAST_ELEMENT void chunk(const typename Rule::Options& options, const Item<Ru
   const C* in[Rule::inputs];
   C* out[Rule::outputs];
 
+  // What is read and written where it lies takes no strips.
+  bool direct = std::is_same_v<C, Stored>;
+  for (const Input& operand : item.in) direct &= operand.from >= From::all_tasks;
+  for (const Output& result : item.out) direct &= result.keep == Keep::each_task;
+  const int64_t strip = direct ? end - begin : kStrip;
+
   std::fill_n(absent, std::min(end - begin, kStrip), C(0));
   for (int i = 0; i < Rule::inputs; ++i) {
     const bool none = item.in[i].from == From::number && item.in[i].value == 0;
@@ -110,8 +116,8 @@ METAFAST_ELEMENT void chunk(const typename Rule::Options& options, const Item<Ru
       else if (item.in[i].from == From::last_task)
         std::fill_n(loaded[i], std::min(end - begin, kStrip), C(task + 1 == item.tasks));
     }
-    for (int64_t e = begin; e < end; e += kStrip) {
-      const int64_t n = std::min(end - e, kStrip), at = task * item.elements + e;
+    for (int64_t e = begin; e < end; e += strip) {
+      const int64_t n = std::min(end - e, strip), at = task * item.elements + e;
       for (int i = 0; i < Rule::inputs; ++i) {
         if (item.in[i].from < From::all_tasks) continue;
         const int64_t offset = item.in[i].from == From::all_tasks ? e : at;
