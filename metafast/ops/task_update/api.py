@@ -67,13 +67,13 @@ def task_update(
     """
     found, names = arranged(rule, params, grads, state, rates, step), rule.state_names
     if torch.compiler.is_compiling():
-        check_tensors(found, inplace)
+        check_tensors(rule, found, inplace)
         results = _results(rule, found, step, inplace, backend)
     else:
         try:
             results = _results(rule, found, step, inplace, backend)
         except Exception:
-            check_tensors(found, inplace)
+            check_tensors(rule, found, inplace)
             raise
     if not all(found.updated):
         before = [
@@ -90,18 +90,18 @@ def _results(
 ) -> tuple[list[Tensor], ...]:
     groups = arguments.groups
     if not groups[1]:  # all are frozen
-        check_tensors(arguments, inplace)
+        check_tensors(rule, arguments, inplace)
         return tuple([] for _ in range(1 + len(rule.state_names)))
     fused = resolve_backend("task_update", backend, reasons_against_fused(groups[0][0].device)) == "fused"
     # Kernels that run here and now look at each tensor themselves.
     if not fused or torch._C._are_functorch_transforms_active():
-        check_tensors(arguments, inplace)
+        check_tensors(rule, arguments, inplace)
     if not inplace:
         return (autograd.update if fused else reference.update)(rule, _with_clipped(rule, groups), step)
     olds = (groups[0], *groups[2:-2])
     over = fused and all(tensor.is_contiguous() for old in olds for tensor in old)
     if not over or (torch.is_grad_enabled() and any(tensor.requires_grad for old in olds for tensor in old)):
-        check_tensors(arguments, inplace)
+        check_tensors(rule, arguments, inplace)
     with torch.no_grad():
         if over:
             return library.update_in_place(rule, _with_clipped(rule, groups), step)
@@ -128,10 +128,10 @@ def _merged(new: list[Tensor], old: Any, updated: list[bool]) -> list[Tensor]:
 
 
 def _values(tensors: Any, like: Any) -> list[Any]:
-    return [tensors[key] for key in like] if isinstance(like, Mapping) else list(tensors)
+    return list(tensors) if isinstance(like, (list, tuple)) else [tensors[key] for key in like]
 
 
 def _contained(tensors: list[Tensor], like: Any) -> Any:
-    if isinstance(like, Mapping):
-        return dict(zip(like, tensors, strict=True))
-    return tuple(tensors) if isinstance(like, tuple) else tensors
+    if isinstance(like, list):
+        return tensors
+    return tuple(tensors) if isinstance(like, tuple) else dict(zip(like, tensors, strict=True))
