@@ -9,6 +9,8 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <atomic>
+
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -203,6 +205,29 @@ void ask_for_huge_pages(const Plan<Rule>& plan) {
 #endif
 }
 
+// Calls `work` for each of `count` blocks. Every thread goes through a range of its own, as memory likes it, and then
+// helps with the others': one that is slow, as its pages are cleared first or its core serves others too, is not waited for.
+template <class Work>
+void share_out(size_t count, const Work& work) {
+  struct alignas(64) Share {
+    std::atomic<size_t> next;
+    size_t end;
+  };
+  const size_t threads = std::max<size_t>(1, std::min<size_t>(count, torch::stable::get_num_threads()));
+  std::vector<Share> shares(threads);
+  for (size_t t = 0; t < threads; ++t) {
+    shares[t].next = t * count / threads;
+    shares[t].end = (t + 1) * count / threads;
+  }
+  torch::stable::parallel_for(0, int64_t(threads), 1, [&](int64_t first, int64_t last) {
+    for (size_t t = size_t(first); t < size_t(last); ++t)
+      for (size_t other = 0; other < threads; ++other) {
+        Share& share = shares[(t + other) % threads];
+        for (size_t block; (block = share.next++) < share.end;) work(block);
+      }
+  });
+}
+
 struct Chunk {
   size_t item;
   int64_t begin, end;
@@ -235,8 +260,8 @@ struct Cpu {
     std::vector<decltype(chunk_kernel<Rule>(ScalarType::Float))> kernels;
     for (const Item<Rule>& item : plan.items) kernels.push_back(chunk_kernel<Rule>(item.type));
     std::vector<double> totals(plan.scalars.empty() ? 0 : chunks.size() * Rule::outputs);
-    torch::stable::parallel_for(0, int64_t(block_count), 1, [&](int64_t first, int64_t last) {
-      for (size_t c = blocks[first]; c < blocks[last]; ++c) {
+    share_out(block_count, [&](size_t block) {
+      for (size_t c = blocks[block]; c < blocks[block + 1]; ++c) {
         const Chunk& part = chunks[c];
         double* sums = totals.empty() ? nullptr : &totals[c * Rule::outputs];
         kernels[part.item](options, plan.items[part.item], part.begin, part.end, sums);
