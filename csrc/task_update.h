@@ -38,6 +38,9 @@ enum class From : uint8_t {
   each_task,    // T x n elements
 };
 
+// Of operands that are tensors: [T, *shape], [*shape] or either.
+enum class Shape : uint8_t { each_task, all_tasks, either };
+
 struct Input {
   From from = From::number;
   ScalarType scalar_type = ScalarType::Undefined;
@@ -75,31 +78,45 @@ struct Plan {
   Tensors copies;  // contiguous ones of operands that were not
 };
 
+struct Device {
+  int32_t type = 0, index = -1;
+  bool operator==(const Device&) const = default;
+};
+
+inline Device device_of(const Tensor& tensor) {
+  Device device;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &device.type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &device.index));
+  return device;
+}
+
 inline Tensor empty(const int64_t* sizes, int64_t dim, ScalarType type, const Tensor& like) {
   std::array<int64_t, 64> strides;
   STD_TORCH_CHECK(dim <= int64_t(strides.size()), "task_update: expected at most 64 dimensions, got ", dim);
   int64_t stride = 1;
   for (int64_t d = dim; d-- > 0; stride *= std::max<int64_t>(sizes[d], 1)) strides[d] = stride;
   const int32_t stored = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
-  int32_t device_type, device_index;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  const Device device = device_of(like);
   AtenTensorHandle made;
   STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dim, sizes, strides.data(), stored, device_type, device_index, &made));
+      aoti_torch_empty_strided(dim, sizes, strides.data(), stored, device.type, device.index, &made));
   return Tensor(made);
 }
 
-// Makes a plan of lists of tensors. Items take type and shape [T, *shape] from the tensors `like`.
+// Makes a plan of lists of tensors. Items take type and shape [T, *shape] from the tensors `like`. All that is not as it
+// has to be is refused before anything is computed: Python only looks for the argument at fault once that has happened.
 template <class Rule>
 class Planner {
  public:
   explicit Planner(const Tensors& like) : like_(like) {
-    if (!like.empty()) plan_.device = like[0].get_device_index();
+    if (!like.empty()) device_ = device_of(like[0]);
+    plan_.device = device_.index;
     plan_.items.resize(like.size());
     for (size_t i = 0; i < like.size(); ++i) {
       const auto sizes = like[i].sizes();
-      STD_TORCH_CHECK(sizes.size() > 0, "task_update: expected tensors whose first dimension is the task");
+      STD_TORCH_CHECK(sizes.size() > 0 && sizes[0] == like[0].size(0),
+                      "task_update: expected tensors whose first dimension is the task, as many in each");
+      check_kind(like[i]);
       auto& item = plan_.items[i];
       item.type = like[i].scalar_type();
       item.tasks = sizes[0];
@@ -108,11 +125,11 @@ class Planner {
     }
   }
 
-  // Tensors [T, *shape] or [*shape]; an empty list leaves the operand zero.
-  void read(int input, const Tensors& tensors) {
+  // Tensors of these shapes; an empty list leaves the operand zero.
+  void read(int input, const Tensors& tensors, Shape shape = Shape::each_task) {
     if (tensors.empty()) return;
     check_count(tensors);
-    for (size_t i = 0; i < tensors.size(); ++i) read_elements(i, input, tensors[i]);
+    for (size_t i = 0; i < tensors.size(); ++i) read_elements(i, input, tensors[i], shape);
   }
 
   // Rates: an empty list for the number, one for all items, or one an item; each of no dimensions or [*shape].
@@ -126,8 +143,12 @@ class Planner {
       const Tensor& rate = rates[rates.size() > 1 ? i : 0];
       STD_TORCH_CHECK(rate.dim() == 0 || rates.size() == plan_.items.size(),
                       "task_update: expected a rate for all tensors to have no dimensions");
-      if (rate.dim() != 0) read_elements(i, input, rate);
-      else plan_.items[i].in[input] = {From::scalar, rate.scalar_type(), rate.data_ptr(), 0};
+      if (rate.dim() != 0) {
+        read_elements(i, input, rate, Shape::all_tasks);
+        continue;
+      }
+      check_kind(rate);
+      plan_.items[i].in[input] = {From::scalar, rate.scalar_type(), rate.data_ptr(), 0};
     }
   }
 
@@ -164,9 +185,7 @@ class Planner {
     if (!in_place || old.empty()) return write(output);
     check_count(old);
     for (size_t i = 0; i < old.size(); ++i) {
-      const auto& item = plan_.items[i];
-      STD_TORCH_CHECK(old[i].dim() == like_[i].dim() && old[i].numel() == item.tasks * item.elements &&
-                          old[i].scalar_type() == item.type && old[i].is_contiguous(),
+      STD_TORCH_CHECK(has_shape(old[i], i, Shape::each_task) && has_type(old[i], i) && old[i].is_contiguous(),
                       "task_update: expected contiguous tensors of the gradients' shapes and types to write over");
       plan_.items[i].out[output] = {Keep::each_task, -1, old[i].data_ptr()};
     }
@@ -178,8 +197,7 @@ class Planner {
     if (!in_place || old.empty()) return write(output, std::vector<bool>(like_.size(), true));
     check_count(old);
     for (size_t i = 0; i < old.size(); ++i) {
-      const auto& item = plan_.items[i];
-      STD_TORCH_CHECK(old[i].numel() == item.elements && old[i].scalar_type() == item.type && old[i].is_contiguous(),
+      STD_TORCH_CHECK(has_shape(old[i], i, Shape::all_tasks) && has_type(old[i], i) && old[i].is_contiguous(),
                       "task_update: expected contiguous tensors of one task's shapes and types to write over");
       plan_.items[i].out[output] = {Keep::task_sum, -1, old[i].data_ptr()};
     }
@@ -223,6 +241,7 @@ class Planner {
 
  private:
   const Tensors& like_;
+  Device device_;
   Plan<Rule> plan_;
 
   void check_count(const Tensors& tensors) const {
@@ -230,12 +249,30 @@ class Planner {
                     " tensors, got ", tensors.size());
   }
 
-  void read_elements(size_t i, int input, Tensor tensor) {
+  void check_kind(const Tensor& tensor) const {
+    const ScalarType type = tensor.scalar_type();
+    STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16 ||
+                        type == ScalarType::Half,
+                    "task_update: no kernel for tensors of type ", torch::headeronly::toString(type));
+    STD_TORCH_CHECK(device_of(tensor) == device_, "task_update: expected all tensors on one device");
+  }
+
+  bool has_type(const Tensor& tensor, size_t i) const {
+    return tensor.scalar_type() == plan_.items[i].type && device_of(tensor) == device_;
+  }
+
+  bool has_shape(const Tensor& tensor, size_t i, Shape shape) const {
+    const auto sizes = tensor.sizes(), like = like_[i].sizes();
+    const bool batched = sizes.size() == like.size();
+    if (shape == (batched ? Shape::all_tasks : Shape::each_task)) return false;
+    return std::equal(sizes.begin(), sizes.end(), like.begin() + !batched, like.end());
+  }
+
+  void read_elements(size_t i, int input, Tensor tensor, Shape shape) {
     const auto& item = plan_.items[i];
+    STD_TORCH_CHECK(has_shape(tensor, i, shape) && has_type(tensor, i),
+                    "task_update: a tensor differs in shape, type or device from the gradient of its parameter");
     const bool batched = tensor.dim() == like_[i].dim();
-    STD_TORCH_CHECK(tensor.numel() == item.elements * (batched ? item.tasks : 1) &&
-                        tensor.scalar_type() == item.type,
-                    "task_update: a tensor differs in size or type from the gradient of its parameter");
     // A tensor that is expanded over tasks is read as the one row that it is.
     const bool expanded = batched && item.tasks > 1 && tensor.stride(0) == 0;
     if (expanded) tensor = torch::stable::select(tensor, 0, 0);

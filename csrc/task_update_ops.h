@@ -7,24 +7,38 @@
 
 namespace metafast::task_update {
 
-template <class Device, bool in_place>
+template <class Kernels, bool in_place>
+Tensors plain_sgd_update(const Tensors& params, const Tensors& grads, const PlainSgd& rule) {
+  using Rule = PlainSgdUpdate;
+  Planner<Rule> planner(grads);
+  planner.read(Rule::param, params, Shape::either);
+  planner.read(Rule::grad, grads);
+  Tensors made = planner.write(Rule::new_param, params, in_place);
+  Kernels::run(planner.finished(), rule);
+  return made;
+}
+
+template <class Kernels, bool in_place>
 std::tuple<Tensors, Tensors> sgd_update(
     const Tensors& params, const Tensors& grads, const Tensors& buffers, const Tensors& lrs, const Tensors& decays,
     double lr, double momentum, double dampening, bool nesterov, double weight_decay, bool maximize) {
+  if (momentum == 0 && lrs.empty() && decays.empty()) {
+    return {plain_sgd_update<Kernels, in_place>(params, grads, PlainSgd{lr, weight_decay, maximize}), Tensors()};
+  }
   using Rule = SgdUpdate;
   Planner<Rule> planner(grads);
-  planner.read(Rule::param, params);
+  planner.read(Rule::param, params, Shape::either);
   planner.read(Rule::grad, grads);
   planner.read(Rule::buffer, buffers);
   planner.read_rate(Rule::lr, lrs, lr);
   planner.read_rate(Rule::weight_decay, decays, weight_decay);
   Tensors new_params = planner.write(Rule::new_param, params, in_place);
   Tensors new_buffers = momentum != 0 ? planner.write(Rule::new_buffer, buffers, in_place) : Tensors();
-  Device::run(planner.finished(), Sgd(momentum, dampening, nesterov, maximize, buffers.empty()));
+  Kernels::run(planner.finished(), Sgd(momentum, dampening, nesterov, maximize, buffers.empty()));
   return {std::move(new_params), std::move(new_buffers)};
 }
 
-template <class Device, bool learned>
+template <class Kernels, bool learned>
 std::tuple<Tensors, Tensors, Tensors, Tensors, Tensors> sgd_update_vjp_of(
     const Tensors& d_params, const Tensors& d_buffers, const Tensors& params, const Tensors& grads,
     const Tensors& buffers, const Tensors& lrs, const Tensors& decays, double lr, double weight_decay, const Sgd& rule,
@@ -36,7 +50,7 @@ std::tuple<Tensors, Tensors, Tensors, Tensors, Tensors> sgd_update_vjp_of(
   planner.read_rate(Rule::lr, lrs, lr);
   planner.read_rate(Rule::weight_decay, decays, weight_decay);
   if constexpr (learned) {
-    planner.read(Rule::param, params);
+    planner.read(Rule::param, params, Shape::either);
     planner.read(Rule::grad, grads);
     planner.read(Rule::buffer, buffers);
   }
@@ -48,11 +62,11 @@ std::tuple<Tensors, Tensors, Tensors, Tensors, Tensors> sgd_update_vjp_of(
     if (needed[3]) made[3] = planner.write_rate(Rule::to_lr, lrs);
     if (needed[4]) made[4] = planner.write_rate(Rule::to_weight_decay, decays);
   }
-  Device::run(planner.finished(), rule);
+  Kernels::run(planner.finished(), rule);
   return {std::move(made[0]), std::move(made[1]), std::move(made[2]), std::move(made[3]), std::move(made[4])};
 }
 
-template <class Device>
+template <class Kernels>
 std::tuple<Tensors, Tensors, Tensors, Tensors, Tensors> sgd_update_vjp(
     const Tensors& d_params, const Tensors& d_buffers, const Tensors& params, const Tensors& grads,
     const Tensors& buffers, const Tensors& lrs, const Tensors& decays, double lr, double momentum, double dampening,
@@ -61,17 +75,17 @@ std::tuple<Tensors, Tensors, Tensors, Tensors, Tensors> sgd_update_vjp(
   STD_TORCH_CHECK(shared.size() == d_params.size() && needed.size() == 5,
                   "sgd_update_vjp: expected shared for each parameter and needed for each of five groups");
   const Sgd rule(momentum, dampening, nesterov, maximize, first);
-  const auto product = needed[3] || needed[4] ? &sgd_update_vjp_of<Device, true> : &sgd_update_vjp_of<Device, false>;
+  const auto product = needed[3] || needed[4] ? &sgd_update_vjp_of<Kernels, true> : &sgd_update_vjp_of<Kernels, false>;
   return product(d_params, d_buffers, params, grads, buffers, lrs, decays, lr, weight_decay, rule, shared, needed);
 }
 
-template <class Device, class Rule, bool in_place>
+template <class Kernels, class Rule, bool in_place>
 std::tuple<Tensors, Tensors, Tensors, Tensors> adam_update_of(
     const Tensors& params, const Tensors& grads, const Tensors& averages, const Tensors& squares,
     const Tensors& greatest, const Tensors& lrs, const Tensors& decays, double lr, double weight_decay,
     const Adam& rule) {
   Planner<Rule> planner(grads);
-  planner.read(Rule::param, params);
+  planner.read(Rule::param, params, Shape::either);
   planner.read(Rule::grad, grads);
   planner.read(Rule::average, averages);
   planner.read(Rule::square, squares);
@@ -85,24 +99,24 @@ std::tuple<Tensors, Tensors, Tensors, Tensors> adam_update_of(
     planner.read(Rule::greatest, greatest);
     made[3] = planner.write(Rule::new_greatest, greatest, in_place);
   }
-  Device::run(planner.finished(), rule);
+  Kernels::run(planner.finished(), rule);
   return {std::move(made[0]), std::move(made[1]), std::move(made[2]), std::move(made[3])};
 }
 
-template <class Device, bool in_place>
+template <class Kernels, bool in_place>
 std::tuple<Tensors, Tensors, Tensors, Tensors> adam_update(
     const Tensors& params, const Tensors& grads, const Tensors& averages, const Tensors& squares,
     const Tensors& greatest, const Tensors& lrs, const Tensors& decays, double lr, double beta1, double beta2,
     double eps, double eps_root, double weight_decay, bool amsgrad, bool maximize, bool decoupled, int64_t step) {
   const Adam rule(beta1, beta2, eps, eps_root, maximize, decoupled, step);
-  const auto update = amsgrad ? &adam_update_of<Device, AdamUpdate<true>, in_place>
-                              : &adam_update_of<Device, AdamUpdate<false>, in_place>;
+  const auto update = amsgrad ? &adam_update_of<Kernels, AdamUpdate<true>, in_place>
+                              : &adam_update_of<Kernels, AdamUpdate<false>, in_place>;
   return update(params, grads, averages, squares, greatest, lrs, decays, lr, weight_decay, rule);
 }
 
 using SevenLists = std::tuple<Tensors, Tensors, Tensors, Tensors, Tensors, Tensors, Tensors>;
 
-template <class Device, bool amsgrad, bool learned>
+template <class Kernels, bool amsgrad, bool learned>
 SevenLists adam_update_vjp_of(
     const Tensors& d_params, const Tensors& d_averages, const Tensors& d_squares, const Tensors& d_greatest,
     const Tensors& params, const Tensors& grads, const Tensors& averages, const Tensors& squares,
@@ -113,7 +127,7 @@ SevenLists adam_update_vjp_of(
   planner.read(Rule::d_param, d_params);
   planner.read(Rule::d_average, d_averages);
   planner.read(Rule::d_square, d_squares);
-  planner.read(Rule::param, params);
+  planner.read(Rule::param, params, Shape::either);
   planner.read(Rule::grad, grads);
   planner.read(Rule::average, averages);
   planner.read(Rule::square, squares);
@@ -133,12 +147,12 @@ SevenLists adam_update_vjp_of(
     if (needed[5]) made[5] = planner.write_rate(Rule::to_lr, lrs);
     if (needed[6]) made[6] = planner.write_rate(Rule::to_weight_decay, decays);
   }
-  Device::run(planner.finished(), rule);
+  Kernels::run(planner.finished(), rule);
   return {std::move(made[0]), std::move(made[1]), std::move(made[2]), std::move(made[3]),
           std::move(made[4]), std::move(made[5]), std::move(made[6])};
 }
 
-template <class Device>
+template <class Kernels>
 SevenLists adam_update_vjp(
     const Tensors& d_params, const Tensors& d_averages, const Tensors& d_squares, const Tensors& d_greatest,
     const Tensors& params, const Tensors& grads, const Tensors& averages, const Tensors& squares,
@@ -150,21 +164,21 @@ SevenLists adam_update_vjp(
   const Adam rule(beta1, beta2, eps, eps_root, maximize, decoupled, step);
   const bool learned = needed[5] || needed[6];
   // Amsgrad is rare: it always goes through the kernel that can do rates too.
-  const auto product = amsgrad   ? &adam_update_vjp_of<Device, true, true>
-                       : learned ? &adam_update_vjp_of<Device, false, true>
-                                 : &adam_update_vjp_of<Device, false, false>;
+  const auto product = amsgrad   ? &adam_update_vjp_of<Kernels, true, true>
+                       : learned ? &adam_update_vjp_of<Kernels, false, true>
+                                 : &adam_update_vjp_of<Kernels, false, false>;
   return product(d_params, d_averages, d_squares, d_greatest, params, grads, averages, squares, greatest, lrs, decays,
                  lr, weight_decay, rule, shared, needed);
 }
 
-template <class Device, bool in_place>
+template <class Kernels, bool in_place>
 std::tuple<Tensors, Tensors, Tensors, Tensors> rmsprop_update(
     const Tensors& params, const Tensors& grads, const Tensors& squares, const Tensors& buffers,
     const Tensors& averages, const Tensors& lrs, const Tensors& decays, double lr, double alpha, double eps,
     double weight_decay, double momentum, bool centered, bool maximize) {
   using Rule = RmspropUpdate;
   Planner<Rule> planner(grads);
-  planner.read(Rule::param, params);
+  planner.read(Rule::param, params, Shape::either);
   planner.read(Rule::grad, grads);
   planner.read(Rule::square, squares);
   planner.read(Rule::buffer, buffers);
@@ -176,11 +190,11 @@ std::tuple<Tensors, Tensors, Tensors, Tensors> rmsprop_update(
   made[1] = planner.write(Rule::new_square, squares, in_place);
   if (momentum != 0) made[2] = planner.write(Rule::new_buffer, buffers, in_place);
   if (centered) made[3] = planner.write(Rule::new_average, averages, in_place);
-  Device::run(planner.finished(), Rmsprop(alpha, eps, momentum, centered, maximize));
+  Kernels::run(planner.finished(), Rmsprop(alpha, eps, momentum, centered, maximize));
   return {std::move(made[0]), std::move(made[1]), std::move(made[2]), std::move(made[3])};
 }
 
-template <class Device, bool learned>
+template <class Kernels, bool learned>
 SevenLists rmsprop_update_vjp_of(
     const Tensors& d_params, const Tensors& d_squares, const Tensors& d_buffers, const Tensors& d_averages,
     const Tensors& params, const Tensors& grads, const Tensors& squares, const Tensors& buffers,
@@ -192,7 +206,7 @@ SevenLists rmsprop_update_vjp_of(
   planner.read(Rule::d_square, d_squares);
   planner.read(Rule::d_buffer, d_buffers);
   planner.read(Rule::d_average, d_averages);
-  planner.read(Rule::param, params);
+  planner.read(Rule::param, params, Shape::either);
   planner.read(Rule::grad, grads);
   planner.read(Rule::square, squares);
   planner.read(Rule::average, averages);
@@ -209,12 +223,12 @@ SevenLists rmsprop_update_vjp_of(
     if (needed[5]) made[5] = planner.write_rate(Rule::to_lr, lrs);
     if (needed[6]) made[6] = planner.write_rate(Rule::to_weight_decay, decays);
   }
-  Device::run(planner.finished(), rule);
+  Kernels::run(planner.finished(), rule);
   return {std::move(made[0]), std::move(made[1]), std::move(made[2]), std::move(made[3]),
           std::move(made[4]), std::move(made[5]), std::move(made[6])};
 }
 
-template <class Device>
+template <class Kernels>
 SevenLists rmsprop_update_vjp(
     const Tensors& d_params, const Tensors& d_squares, const Tensors& d_buffers, const Tensors& d_averages,
     const Tensors& params, const Tensors& grads, const Tensors& squares, const Tensors& buffers,
@@ -225,37 +239,37 @@ SevenLists rmsprop_update_vjp(
                   "rmsprop_update_vjp: expected shared for each parameter and needed for each of seven groups");
   const Rmsprop rule(alpha, eps, momentum, centered, maximize);
   const auto product =
-      needed[5] || needed[6] ? &rmsprop_update_vjp_of<Device, true> : &rmsprop_update_vjp_of<Device, false>;
+      needed[5] || needed[6] ? &rmsprop_update_vjp_of<Kernels, true> : &rmsprop_update_vjp_of<Kernels, false>;
   return product(d_params, d_squares, d_buffers, d_averages, params, grads, squares, buffers, averages, lrs, decays,
                  lr, weight_decay, rule, shared, needed);
 }
 
-template <class Device, bool in_place>
+template <class Kernels, bool in_place>
 Tensors outer_update(const Tensors& bases, const Tensors& values, const Tensors& weights, double scale) {
   using Rule = OuterUpdate;
   Planner<Rule> planner(values);
-  planner.read(Rule::base, bases);
+  planner.read(Rule::base, bases, Shape::all_tasks);
   planner.read(Rule::value, values);
   planner.read_task_scalars(Rule::weight, weights, 1);
   planner.read_last_task(Rule::is_last);
   Tensors made = planner.write_sums(Rule::updated, bases, in_place);
-  Device::run(planner.finished(), Outer{scale});
+  Kernels::run(planner.finished(), Outer{scale});
   return made;
 }
 
-template <class Device, class Library>
+template <class Kernels, class Library>
 void register_kernels(Library& library) {
-  library.impl("sgd_update", TORCH_BOX((&sgd_update<Device, false>)));
-  library.impl("sgd_update_", TORCH_BOX((&sgd_update<Device, true>)));
-  library.impl("sgd_update_vjp", TORCH_BOX(&sgd_update_vjp<Device>));
-  library.impl("adam_update", TORCH_BOX((&adam_update<Device, false>)));
-  library.impl("adam_update_", TORCH_BOX((&adam_update<Device, true>)));
-  library.impl("adam_update_vjp", TORCH_BOX(&adam_update_vjp<Device>));
-  library.impl("rmsprop_update", TORCH_BOX((&rmsprop_update<Device, false>)));
-  library.impl("rmsprop_update_", TORCH_BOX((&rmsprop_update<Device, true>)));
-  library.impl("rmsprop_update_vjp", TORCH_BOX(&rmsprop_update_vjp<Device>));
-  library.impl("outer_update", TORCH_BOX((&outer_update<Device, false>)));
-  library.impl("outer_update_", TORCH_BOX((&outer_update<Device, true>)));
+  library.impl("sgd_update", TORCH_BOX((&sgd_update<Kernels, false>)));
+  library.impl("sgd_update_", TORCH_BOX((&sgd_update<Kernels, true>)));
+  library.impl("sgd_update_vjp", TORCH_BOX(&sgd_update_vjp<Kernels>));
+  library.impl("adam_update", TORCH_BOX((&adam_update<Kernels, false>)));
+  library.impl("adam_update_", TORCH_BOX((&adam_update<Kernels, true>)));
+  library.impl("adam_update_vjp", TORCH_BOX(&adam_update_vjp<Kernels>));
+  library.impl("rmsprop_update", TORCH_BOX((&rmsprop_update<Kernels, false>)));
+  library.impl("rmsprop_update_", TORCH_BOX((&rmsprop_update<Kernels, true>)));
+  library.impl("rmsprop_update_vjp", TORCH_BOX(&rmsprop_update_vjp<Kernels>));
+  library.impl("outer_update", TORCH_BOX((&outer_update<Kernels, false>)));
+  library.impl("outer_update_", TORCH_BOX((&outer_update<Kernels, true>)));
 }
 
 }  // namespace metafast::task_update

@@ -46,6 +46,31 @@ struct SgdUpdate {
   }
 };
 
+// Without momentum and with rates that are numbers there is little to compute, and operands that are not there cost.
+struct PlainSgd {
+  double lr, weight_decay;
+  bool maximize;
+
+  template <class C>
+  struct As {
+    C lr, weight_decay, sign;
+
+    explicit As(const PlainSgd& rule)
+        : lr(C(rule.lr)), weight_decay(C(rule.weight_decay)), sign(C(rule.maximize ? -1 : 1)) {}
+  };
+};
+
+struct PlainSgdUpdate {
+  using Options = PlainSgd;
+  enum In { param, grad, inputs };
+  enum Out { new_param, outputs };
+
+  template <class C>
+  static METAFAST_ELEMENT void element(const PlainSgd::As<C>& rule, const C* in, C* out) {
+    out[new_param] = in[param] - rule.lr * (rule.sign * in[grad] + rule.weight_decay * in[param]);
+  }
+};
+
 // The vector-Jacobian product. The update is linear in parameter, gradient and buffer: only where a rate is learned
 // does the product need them.
 template <bool learned>
@@ -150,17 +175,25 @@ struct AdamVjp {
     const C direction = rule.correct1 * averaged * inverse;
 
     const C d_direction = -in[lr] * in[d_param];
+    const C slope = root_slope(spread);
     const C d_averaged = in[d_average] + d_direction * rule.correct1 * inverse;
-    const C d_scale = -d_direction * direction * inverse * rule.correct2 * root_slope(spread);
-    C d_squared = in[d_square] + d_scale;
+    const C d_scale = -d_direction * direction * inverse * rule.correct2 * slope;
+    C share = 1, d_squared = in[d_square] + d_scale, d_given = in[d_square];
     if constexpr (amsgrad) {
       const C d_max = in[d_greatest] + d_scale;
       // Half to each where they are equal, as torch.maximum has it.
-      const C share = squared < in[greatest] ? C(0) : squared == in[greatest] ? C(0.5) : C(1);
+      share = squared < in[greatest] ? C(0) : squared == in[greatest] ? C(0.5) : C(1);
       d_squared = in[d_square] + share * d_max;
+      d_given += share * in[d_greatest];
       out[to_greatest] = (C(1) - share) * d_max;
     }
-    const C d_decayed = rule.kept1 * d_averaged + C(2) * rule.kept2 * decayed * d_squared;
+    // The direction's derivative by the gradient, through both averages. What cancels between the two, all of it but eps
+    // at the first step, is left out of both.
+    const C kept = rule.kept1 * (rule.correct2 * rule.beta2 * in[square] + rule.eps_root) -
+        rule.correct2 * rule.kept2 * rule.beta1 * decayed * in[average];
+    const C through_both = (rule.kept1 * rule.eps + C(2) * kept * slope) * inverse;
+    const C d_decayed = rule.kept1 * in[d_average] + C(2) * rule.kept2 * decayed * d_given +
+        d_direction * rule.correct1 * inverse * (share * through_both + (C(1) - share) * rule.kept1);
     out[to_param] = in[d_param] + in[weight_decay] * (rule.coupled * d_decayed + rule.decoupled * d_direction);
     out[to_grad] = rule.sign * d_decayed;
     out[to_average] = rule.beta1 * d_averaged;
@@ -225,10 +258,14 @@ struct RmspropVjp {
     const C direction = decayed * inverse;
 
     const C d_moved = in[d_buffer] - in[lr] * in[d_param];
-    const C d_scale = -d_moved * direction * inverse * root_slope(spread);
+    const C slope = root_slope(spread);
+    const C d_scale = -d_moved * direction * inverse * slope;
     const C d_squared = in[d_square] + d_scale;
     const C d_averaged = rule.centered * (in[d_average] - C(2) * averaged * d_scale);
-    const C d_decayed = d_moved * inverse + rule.kept * (C(2) * decayed * d_squared + d_averaged);
+    // The direction's derivative by the gradient, without what cancels between it and its spread: as in Adam.
+    const C kept = rule.alpha * (in[square] - in[average] * averaged);
+    const C d_decayed = d_moved * (rule.eps + C(2) * kept * slope) * inverse * inverse +
+        rule.kept * (C(2) * decayed * in[d_square] + rule.centered * in[d_average]);
     out[to_param] = in[d_param] + in[weight_decay] * d_decayed;
     out[to_grad] = rule.sign * d_decayed;
     out[to_square] = rule.alpha * d_squared;

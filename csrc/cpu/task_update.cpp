@@ -9,6 +9,8 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <atomic>
+
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -92,6 +94,12 @@ METAFAST_ELEMENT void chunk(const typename Rule::Options& options, const Item<Ru
   const C* in[Rule::inputs];
   C* out[Rule::outputs];
 
+  // What is read and written where it lies takes no strips.
+  bool direct = std::is_same_v<C, Stored>;
+  for (const Input& operand : item.in) direct &= operand.from >= From::all_tasks;
+  for (const Output& result : item.out) direct &= result.keep == Keep::each_task;
+  const int64_t strip = direct ? end - begin : kStrip;
+
   std::fill_n(absent, std::min(end - begin, kStrip), C(0));
   for (int i = 0; i < Rule::inputs; ++i) {
     const bool none = item.in[i].from == From::number && item.in[i].value == 0;
@@ -110,8 +118,8 @@ METAFAST_ELEMENT void chunk(const typename Rule::Options& options, const Item<Ru
       else if (item.in[i].from == From::last_task)
         std::fill_n(loaded[i], std::min(end - begin, kStrip), C(task + 1 == item.tasks));
     }
-    for (int64_t e = begin; e < end; e += kStrip) {
-      const int64_t n = std::min(end - e, kStrip), at = task * item.elements + e;
+    for (int64_t e = begin; e < end; e += strip) {
+      const int64_t n = std::min(end - e, strip), at = task * item.elements + e;
       for (int i = 0; i < Rule::inputs; ++i) {
         if (item.in[i].from < From::all_tasks) continue;
         const int64_t offset = item.in[i].from == From::all_tasks ? e : at;
@@ -197,6 +205,29 @@ void ask_for_huge_pages(const Plan<Rule>& plan) {
 #endif
 }
 
+// Calls `work` for each of `count` blocks. Every thread goes through a range of its own, as memory likes it, and then
+// helps with the others': one that is slow, as its pages are cleared first or its core serves others too, is not waited for.
+template <class Work>
+void share_out(size_t count, const Work& work) {
+  struct alignas(64) Share {
+    std::atomic<size_t> next;
+    size_t end;
+  };
+  const size_t threads = std::max<size_t>(1, std::min<size_t>(count, torch::stable::get_num_threads()));
+  std::vector<Share> shares(threads);
+  for (size_t t = 0; t < threads; ++t) {
+    shares[t].next = t * count / threads;
+    shares[t].end = (t + 1) * count / threads;
+  }
+  torch::stable::parallel_for(0, int64_t(threads), 1, [&](int64_t first, int64_t last) {
+    for (size_t t = size_t(first); t < size_t(last); ++t)
+      for (size_t other = 0; other < threads; ++other) {
+        Share& share = shares[(t + other) % threads];
+        for (size_t block; (block = share.next++) < share.end;) work(block);
+      }
+  });
+}
+
 struct Chunk {
   size_t item;
   int64_t begin, end;
@@ -229,8 +260,8 @@ struct Cpu {
     std::vector<decltype(chunk_kernel<Rule>(ScalarType::Float))> kernels;
     for (const Item<Rule>& item : plan.items) kernels.push_back(chunk_kernel<Rule>(item.type));
     std::vector<double> totals(plan.scalars.empty() ? 0 : chunks.size() * Rule::outputs);
-    torch::stable::parallel_for(0, int64_t(block_count), 1, [&](int64_t first, int64_t last) {
-      for (size_t c = blocks[first]; c < blocks[last]; ++c) {
+    share_out(block_count, [&](size_t block) {
+      for (size_t c = blocks[block]; c < blocks[block + 1]; ++c) {
         const Chunk& part = chunks[c];
         double* sums = totals.empty() ? nullptr : &totals[c * Rule::outputs];
         kernels[part.item](options, plan.items[part.item], part.begin, part.end, sums);

@@ -12,7 +12,14 @@ from metafast.backend import resolve_backend
 from metafast.inner import Rule
 from metafast.ops.task_update import autograd, library, reference
 from metafast.ops.task_update.clipping import clipped
-from metafast.ops.task_update.validation import SomeTensors, Tensors, checked, reasons_against_fused
+from metafast.ops.task_update.validation import (
+    Arguments,
+    SomeTensors,
+    Tensors,
+    arranged,
+    check_tensors,
+    reasons_against_fused,
+)
 
 __all__ = ["task_update"]
 
@@ -58,22 +65,48 @@ def task_update(
         TypeError, ValueError: an argument is not as above; the message names it.
         BackendUnavailableError: ``backend="fused"`` without a kernel for the device.
     """
-    found = checked(rule, params, grads, state, rates, step, inplace)
-    reasons = reasons_against_fused(found.params[0].device)
-    fused = resolve_backend("task_update", backend, reasons) == "fused"
-    groups, names = found.groups, rule.state_names
-    if not groups[1]:  # all are frozen
-        results: tuple[list[Tensor], ...] = tuple([] for _ in range(1 + len(names)))
-    elif inplace:
-        with torch.no_grad():
-            results = _updated_in_place(rule, _with_clipped(rule, groups), step, fused)
+    found, names = arranged(rule, params, grads, state, rates, step), rule.state_names
+    if torch.compiler.is_compiling():
+        check_tensors(rule, found, inplace)
+        results = _results(rule, found, step, inplace, backend)
     else:
-        results = (autograd.update if fused else reference.update)(rule, _with_clipped(rule, groups), step)
+        try:
+            results = _results(rule, found, step, inplace, backend)
+        except Exception:
+            check_tensors(rule, found, inplace)
+            raise
     if not all(found.updated):
-        before = [found.params, *(_values(state[name], params) if state else [None] * len(params) for name in names)]
+        before = [
+            _values(params, params),
+            *(_values(state[n], params) if state else [None] * len(params) for n in names),
+        ]
         results = tuple(_merged(new, old, found.updated) for new, old in zip(results, before, strict=True))
     named = zip(names, results[1:], strict=True)
     return _contained(results[0], params), {name: _contained(tensors, params) for name, tensors in named}
+
+
+def _results(
+    rule: Rule, arguments: Arguments, step: int, inplace: bool, backend: str | None
+) -> tuple[list[Tensor], ...]:
+    groups = arguments.groups
+    if not groups[1]:  # all are frozen
+        check_tensors(rule, arguments, inplace)
+        return tuple([] for _ in range(1 + len(rule.state_names)))
+    fused = resolve_backend("task_update", backend, reasons_against_fused(groups[0][0].device)) == "fused"
+    # Kernels that run here and now look at each tensor themselves.
+    if not fused or torch._C._are_functorch_transforms_active():
+        check_tensors(rule, arguments, inplace)
+    if not inplace:
+        return (autograd.update if fused else reference.update)(rule, _with_clipped(rule, groups), step)
+    olds = (groups[0], *groups[2:-2])
+    over = fused and all(tensor.is_contiguous() for old in olds for tensor in old)
+    if not over or (torch.is_grad_enabled() and any(tensor.requires_grad for old in olds for tensor in old)):
+        check_tensors(rule, arguments, inplace)
+    with torch.no_grad():
+        if over:
+            return library.update_in_place(rule, _with_clipped(rule, groups), step)
+        news = (library if fused else reference).update(rule, _with_clipped(rule, groups), step)
+        return tuple(_copied(old, new) for old, new in zip(olds, news, strict=True))
 
 
 def _with_clipped(rule: Rule, groups: tuple[list[Tensor], ...]) -> tuple[list[Tensor], ...]:
@@ -82,15 +115,11 @@ def _with_clipped(rule: Rule, groups: tuple[list[Tensor], ...]) -> tuple[list[Te
     return (groups[0], clipped(groups[1], rule.clip_norm, rule.clip_value), *groups[2:])
 
 
-def _updated_in_place(rule: Rule, groups: tuple[list[Tensor], ...], step: int, fused: bool) -> tuple[list[Tensor], ...]:
-    olds = (groups[0], *groups[2 : 2 + len(rule.state_names)])
-    if fused and all(tensor.is_contiguous() for old in olds for tensor in old):
-        return library.update_in_place(rule, groups, step)
-    news = (library if fused else reference).update(rule, groups, step)
-    for old, new in zip(olds, news, strict=True):
-        for target, tensor in zip(old, new if old else (), strict=True):
-            target.copy_(tensor)
-    return tuple(old or new for old, new in zip(olds, news, strict=True))
+def _copied(old: list[Tensor], new: list[Tensor]) -> list[Tensor]:
+    """The new numbers in the old tensors, where there are any."""
+    for target, tensor in zip(old, new if old else (), strict=True):
+        target.copy_(tensor)
+    return old or new
 
 
 def _merged(new: list[Tensor], old: Any, updated: list[bool]) -> list[Tensor]:
@@ -99,10 +128,10 @@ def _merged(new: list[Tensor], old: Any, updated: list[bool]) -> list[Tensor]:
 
 
 def _values(tensors: Any, like: Any) -> list[Any]:
-    return [tensors[key] for key in like] if isinstance(like, Mapping) else list(tensors)
+    return list(tensors) if isinstance(like, (list, tuple)) else [tensors[key] for key in like]
 
 
 def _contained(tensors: list[Tensor], like: Any) -> Any:
-    if isinstance(like, Mapping):
-        return dict(zip(like, tensors, strict=True))
-    return tuple(tensors) if isinstance(like, tuple) else tensors
+    if isinstance(like, list):
+        return tensors
+    return tuple(tensors) if isinstance(like, tuple) else dict(zip(like, tensors, strict=True))

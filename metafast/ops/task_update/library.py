@@ -87,11 +87,13 @@ class _Op:
         return [bool(optional.get(name, True)) for name in self.states]
 
     def _fake(self, *arguments: Any) -> tuple[list[Tensor], ...]:
+        _check_devices(arguments)
         grads = arguments[1]
         kept = self._kept(arguments[4 + len(self.states) :])
         return _like(grads), *(_like(grads) if keep else [] for keep in kept)
 
     def _fake_in_place(self, *arguments: Any) -> tuple[list[Tensor], ...]:
+        _check_devices(arguments)
         grads, states = arguments[1], arguments[2 : 2 + len(self.states)]
         kept = self._kept(arguments[4 + len(self.states) :])
         return [], *(_like(grads) if keep and not old else [] for keep, old in zip(kept, states, strict=True))
@@ -225,6 +227,13 @@ def _arguments(op: _Op, rule: Rule, groups: Sequence[Group]) -> list[Any]:
 
 def _kept_of(op: _Op, rule: Rule, results: Sequence[list[Tensor]]) -> tuple[list[Tensor], ...]:
     return results[0], *(results[1 + op.states.index(name)] for name in rule.state_names)
+
+
+def _check_devices(arguments: Sequence[Any]) -> None:
+    """Tensors on the meta device among others end up here."""
+    devices = {tensor.device for group in arguments if isinstance(group, (list, tuple)) for tensor in group}
+    if len(devices) > 1:
+        raise ValueError(f"task_update: expected tensors on one device, got {', '.join(sorted(map(str, devices)))}")
 
 
 def _like(tensors: Sequence[Tensor]) -> list[Tensor]:
