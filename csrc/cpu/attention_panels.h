@@ -13,7 +13,7 @@
 
 namespace metafast {
 
-constexpr int64_t most_rows = 128;
+constexpr int64_t most_rows = 132;
 
 // A number of columns in whole blocks of the products.
 template <typename T>
@@ -37,7 +37,7 @@ int64_t panel_rows(const Problem<T>& problem, int64_t buffers) {
   constexpr int64_t cache = 1024 * 1024;
   const int64_t columns = std::max<int64_t>(problem.widest(most_rows), 1);
   const int64_t fitting = cache / (buffers * columns * int64_t(sizeof(T)));
-  const int64_t most = std::clamp<int64_t>(fitting / 8 * 8, 16, most_rows);
+  const int64_t most = std::clamp<int64_t>((fitting + 3) / 6 * 6, 18, most_rows);
   const int64_t rows = std::max<int64_t>(problem.rows, 1), panels = (rows + most - 1) / most;
   return (rows + panels - 1) / panels;
 }
