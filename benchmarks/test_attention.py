@@ -230,7 +230,7 @@ def bmm_on_panels(shape, dtype):
     """As many products as a double backward, of panels that stay in cache, one panel a thread."""
     heads, length, head_dim = shape
     threads = torch.get_num_threads()
-    # As csrc/cpu/attention_panels.h chooses it for four buffers.
+    # About as csrc/cpu/attention_panels.h chooses it for four buffers.
     height = max(16, 2**20 // (4 * length * 4) // 8 * 8)
     rows, keys, weights = (
         torch.randn(threads, *size, dtype=dtype) for size in ((height, head_dim), (length, head_dim), (height, length))

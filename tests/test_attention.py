@@ -538,3 +538,14 @@ def test_fused_on_request_only_or_with_every_reason() -> None:
     with pytest.raises(metafast.BackendUnavailableError, match="no kernels for device 'meta'"):
         scaled_dot_product_attention(q, q, q, backend="fused")
     assert scaled_dot_product_attention(q, q, q).shape == q.shape
+
+
+def test_second_order_runs_each_pass_once() -> None:
+    query, key, value, grad_out = (torch.randn(1, 2, 8, 4, requires_grad=True) for _ in range(4))
+    with torch.profiler.profile() as profile:
+        out = scaled_dot_product_attention(query, key, value, backend="fused")
+        grads = torch.autograd.grad(out, (query, key, value), grad_out, create_graph=True)
+        torch.autograd.grad(grads, (query, key, value, grad_out), [torch.ones_like(g) for g in grads])
+    runs = {event.key: event.count for event in profile.key_averages() if event.key.startswith("metafast::attention")}
+    passes = ("attention_forward", "attention_backward", "attention_backward_jvp")
+    assert runs == {f"metafast::{name}": 1 for name in passes}

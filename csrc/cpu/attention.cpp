@@ -25,7 +25,7 @@ void forward(const Problem<T>& problem, Matrices<T> out, T* statistics) {
       factors.draw(i);
       factors.multiply(p + i * scratch.stride);
     }
-    to_rows(panel, dv, T(1), p, scratch.stride, keys_of(problem.v, panel, problem.group()), false, rows_of(out, panel));
+    to_rows(panel, dv, T(1), {pair(scratch.scores(weights), keys_of(problem.v, panel, problem.group()))}, rows_of(out, panel));
   });
 }
 
@@ -35,12 +35,11 @@ void backward(const Problem<T>& problem, const T* statistics, Matrices<const T> 
   const std::vector<Packed<T>> keys{{&problem.k, d}, {&problem.v, dv}};
   for_each_panel_summing(problem, grads, 2, keys, [&](const Panel& panel, const Scratch<T>& scratch, T* grad_key, T* grad_value) {
     if (panel.columns() == 0) return zero_rows(rows_of(grad_query, panel), panel.count, d);
-    const int64_t stride = scratch.stride;
-    const auto g = rows_of(grad_out, panel);
+    const auto g = rows_of(grad_out, panel), p = scratch.scores(weights), e = scratch.scores(gradients);
     score_gradients(problem, panel, statistics, g, scratch);
-    to_keys(panel, dv, T(1), scratch[weights], stride, g, grad_value);
-    to_rows(panel, d, problem.scale, scratch[gradients], stride, keys_of(problem.k, panel, group), false, rows_of(grad_query, panel));
-    to_keys(panel, d, problem.scale, scratch[gradients], stride, rows_of(problem.q, panel), grad_key);
+    to_keys(panel, dv, T(1), {pair(p, g)}, grad_value);
+    to_rows(panel, d, problem.scale, {pair(e, keys_of(problem.k, panel, group))}, rows_of(grad_query, panel));
+    to_keys(panel, d, problem.scale, {pair(e, rows_of(problem.q, panel))}, grad_key);
   });
 }
 
@@ -51,8 +50,8 @@ void jvp(const Problem<T>& problem, const T* statistics, const Tangents<T>& tang
   for_each_panel(problem, 3, keys, [&](const Panel& panel, const Scratch<T>& scratch) {
     if (panel.columns() == 0) return zero_rows(rows_of(tangent_out, panel), panel.count, dv);
     tangent_weights(problem, tangent, panel, statistics, scratch);
-    to_rows(panel, dv, T(1), scratch[tangents], scratch.stride, keys_of(problem.v, panel, group), false, rows_of(tangent_out, panel));
-    to_rows(panel, dv, T(1), scratch[weights], scratch.stride, keys_of(tangent.v, panel, group), true, rows_of(tangent_out, panel));
+    const auto p = scratch.scores(weights), t = scratch.scores(tangents);
+    to_rows(panel, dv, T(1), {pair(t, keys_of(problem.v, panel, group)), pair(p, keys_of(tangent.v, panel, group))}, rows_of(tangent_out, panel));
   });
 }
 
@@ -68,20 +67,18 @@ void backward_jvp(const Problem<T>& problem, const T* statistics, Matrices<const
       zero_rows(rows_of(tangent_grad_query, panel), panel.count, d);
       return;
     }
-    const int64_t stride = scratch.stride;
     const auto g = rows_of(grad_out, panel);
     std::optional<Operand<const T>> tangent_g;
     if (tangent_grad_out) tangent_g = rows_of(*tangent_grad_out, panel);
     tangent_score_gradients(problem, tangent, panel, statistics, g, tangent_g, scratch);
-    const T *p = scratch[weights], *t = scratch[tangents], *e = scratch[gradients], *f = scratch[tangent_gradients];
-    to_rows(panel, dv, T(1), t, stride, keys_of(problem.v, panel, group), false, rows_of(tangent_out, panel));
-    to_rows(panel, dv, T(1), p, stride, keys_of(tangent.v, panel, group), true, rows_of(tangent_out, panel));
-    to_rows(panel, d, problem.scale, f, stride, keys_of(problem.k, panel, group), false, rows_of(tangent_grad_query, panel));
-    to_rows(panel, d, problem.scale, e, stride, keys_of(tangent.k, panel, group), true, rows_of(tangent_grad_query, panel));
-    to_keys(panel, d, problem.scale, f, stride, rows_of(problem.q, panel), key_sum);
-    to_keys(panel, d, problem.scale, e, stride, rows_of(tangent.q, panel), key_sum);
-    to_keys(panel, dv, T(1), t, stride, g, value_sum);
-    if (tangent_g) to_keys(panel, dv, T(1), p, stride, *tangent_g, value_sum);
+    const auto p = scratch.scores(weights), t = scratch.scores(tangents);
+    const auto e = scratch.scores(gradients), f = scratch.scores(tangent_gradients);
+    to_rows(panel, dv, T(1), {pair(t, keys_of(problem.v, panel, group)), pair(p, keys_of(tangent.v, panel, group))}, rows_of(tangent_out, panel));
+    to_rows(panel, d, problem.scale, {pair(f, keys_of(problem.k, panel, group)), pair(e, keys_of(tangent.k, panel, group))},
+            rows_of(tangent_grad_query, panel));
+    to_keys(panel, d, problem.scale, {pair(f, rows_of(problem.q, panel)), pair(e, rows_of(tangent.q, panel))}, key_sum);
+    if (tangent_g) to_keys(panel, dv, T(1), {pair(t, g), pair(p, *tangent_g)}, value_sum);
+    else to_keys(panel, dv, T(1), {pair(t, g)}, value_sum);
   });
 }
 

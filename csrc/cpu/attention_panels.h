@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <new>
 #include <vector>
 
 #include "cpu/attention_problem.h"
@@ -12,7 +13,7 @@
 
 namespace metafast {
 
-constexpr int64_t most_rows = 128;
+constexpr int64_t most_rows = 132;
 
 // A number of columns in whole blocks of the products.
 template <typename T>
@@ -36,9 +37,41 @@ int64_t panel_rows(const Problem<T>& problem, int64_t buffers) {
   constexpr int64_t cache = 1024 * 1024;
   const int64_t columns = std::max<int64_t>(problem.widest(most_rows), 1);
   const int64_t fitting = cache / (buffers * columns * int64_t(sizeof(T)));
-  const int64_t most = std::clamp<int64_t>(fitting / 8 * 8, 16, most_rows);
+  const int64_t most = std::clamp<int64_t>((fitting + 3) / 6 * 6, 18, most_rows);
   const int64_t rows = std::max<int64_t>(problem.rows, 1), panels = (rows + most - 1) / most;
   return (rows + panels - 1) / panels;
+}
+
+// One operand of a product: a panel's rows, or the keys that the panel reads, of a tensor's matrix; or scores in a buffer.
+template <typename T>
+struct Operand {
+  T* data;
+  int64_t stride;
+};
+
+template <typename T>
+Operand<T> rows_of(const Matrices<T>& tensor, const Panel& panel) {
+  return {tensor.at(panel.batch, panel.head) + panel.first * tensor.row_stride, tensor.row_stride};
+}
+
+template <typename T>
+Operand<T> keys_of(const Matrices<T>& tensor, const Panel& panel, int64_t group) {
+  return {tensor.at(panel.batch, panel.head / group) + panel.begin * tensor.row_stride, tensor.row_stride};
+}
+
+// Uninitialised memory in which vectors do not straddle lines of the cache, as half of them would in what plain new returns.
+constexpr std::align_val_t cache_line{64};
+
+struct FreeAligned {
+  void operator()(void* memory) const { ::operator delete(memory, cache_line); }
+};
+
+template <typename T>
+using Memory = std::unique_ptr<T[], FreeAligned>;
+
+template <typename T>
+Memory<T> aligned_memory(int64_t size) {
+  return Memory<T>(static_cast<T*>(::operator new(size_t(size) * sizeof(T), cache_line)));
 }
 
 // Scratch of one thread: buffers for the scores of a panel, and what is laid out once for all panels of a key head, the
@@ -53,15 +86,19 @@ class Scratch {
       offsets_.push_back(total);
       total += padded_columns<T>(problem.columns) * one.depth;
     }
-    memory_.reset(new T[size_t(total)]);
+    memory_ = aligned_memory<T>(total);
   }
 
   // A buffer of the panel's scores.
   T* operator[](int64_t i) const { return memory_.get() + i * size_; }
 
+  // The same as an operand of a product.
+  Operand<const T> scores(int64_t i) const { return {(*this)[i], stride}; }
+
   // The keys that a panel reads, of_key and so on, as outer takes them.
-  const T* keys(int64_t i, const Panel& panel) const {
-    return memory_.get() + offsets_[size_t(i)] + panel.begin * keys_[size_t(i)].depth;
+  Operand<const T> keys(int64_t i, const Panel& panel) const {
+    const int64_t depth = keys_[size_t(i)].depth;
+    return {memory_.get() + offsets_[size_t(i)] + panel.begin * depth, depth};
   }
 
   void move_to(int64_t batch, int64_t key_head) {
@@ -85,26 +122,9 @@ class Scratch {
   const std::vector<Packed<T>>& keys_;
   const int64_t size_;
   std::vector<int64_t> offsets_;
-  std::unique_ptr<T[]> memory_;
+  Memory<T> memory_;
   int64_t batch_ = -1, key_head_ = -1;
 };
-
-// One operand of a product: a panel's rows, or the keys that the panel reads, of a tensor's matrix.
-template <typename T>
-struct Operand {
-  T* data;
-  int64_t stride;
-};
-
-template <typename T>
-Operand<T> rows_of(const Matrices<T>& tensor, const Panel& panel) {
-  return {tensor.at(panel.batch, panel.head) + panel.first * tensor.row_stride, tensor.row_stride};
-}
-
-template <typename T>
-Operand<T> keys_of(const Matrices<T>& tensor, const Panel& panel, int64_t group) {
-  return {tensor.at(panel.batch, panel.head / group) + panel.begin * tensor.row_stride, tensor.row_stride};
-}
 
 template <typename T>
 void zero_rows(Operand<T> rows, int64_t count, int64_t depth) {
@@ -155,11 +175,11 @@ void for_each_panel_summing(const Problem<T>& problem, const KeySums<T>& sums, i
     products<T>().unpack(problem.columns, problem.depth, sum, sums.key.at(batch, key_head), sums.key.row_stride);
     products<T>().unpack(problem.columns, problem.value_depth, sum + key_size, sums.value.at(batch, key_head), sums.value.row_stride);
   };
-  std::unique_ptr<T[]> of_shares(shares > 1 ? new T[size_t(units * shares * size)] : nullptr);
+  const Memory<T> of_shares = shares > 1 ? aligned_memory<T>(units * shares * size) : nullptr;
 
   torch::stable::parallel_for(0, units * shares, shares > 1 ? 1 : worth_a_thread / work + 1, [&](int64_t begin, int64_t end) {
     Scratch<T> scratch(problem, buffers, height, keys);
-    std::unique_ptr<T[]> own(shares > 1 ? nullptr : new T[size_t(size)]);
+    const Memory<T> own = shares > 1 ? nullptr : aligned_memory<T>(size);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t unit = i / shares, share = i % shares;
       const int64_t batch = unit / problem.key_heads, key_head = unit % problem.key_heads;

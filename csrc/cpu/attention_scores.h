@@ -1,28 +1,39 @@
 // What happens to a panel's scores in each pass: the matrix products that make them, and what is done to their rows.
 #pragma once
 
+#include <initializer_list>
+
 #include "cpu/attention_panels.h"
 #include "cpu/attention_rows.h"
 
 namespace metafast {
 
-// The three products of a pass. x is [count, columns] in a panel's buffer, rows is [count, depth], keys [columns, depth].
-// x = alpha rows keys^T, or x + that; keys as Scratch has laid them out
+// The three products of a pass, each a sum over pairs of operands. x is [count, columns] in a panel's buffer, rows is
+// [count, depth], keys [columns, depth].
 template <typename T>
-void outer(const Panel& panel, int64_t depth, T alpha, Operand<const T> rows, const T* keys, bool accumulate, T* x, int64_t stride) {
-  products<T>().outer(panel.count, panel.columns(), depth, alpha, rows.data, rows.stride, keys, accumulate, x, stride);
+using Pairs = std::initializer_list<Factors<T>>;
+
+template <typename T>
+Factors<T> pair(Operand<const T> left, Operand<const T> right) {
+  return {left.data, left.stride, right.data, right.stride};
 }
 
-// rows = alpha x keys, or rows + that
+// x = alpha sum rows keys^T; keys as Scratch has laid them out
 template <typename T>
-void to_rows(const Panel& panel, int64_t depth, T alpha, const T* x, int64_t stride, Operand<const T> keys, bool accumulate, Operand<T> rows) {
-  products<T>().to_rows(panel.count, panel.columns(), depth, alpha, x, stride, keys.data, keys.stride, accumulate, rows.data, rows.stride);
+void outer(const Panel& panel, int64_t depth, T alpha, Pairs<T> pairs, T* x, int64_t stride) {
+  products<T>().outer(panel.count, panel.columns(), depth, alpha, int64_t(pairs.size()), pairs.begin(), x, stride);
 }
 
-// sums += alpha x^T rows; sums in blocks
+// rows = alpha sum x keys
 template <typename T>
-void to_keys(const Panel& panel, int64_t depth, T alpha, const T* x, int64_t stride, Operand<const T> rows, T* sums) {
-  products<T>().to_keys(panel.count, panel.columns(), depth, alpha, x, stride, rows.data, rows.stride, sums);
+void to_rows(const Panel& panel, int64_t depth, T alpha, Pairs<T> pairs, Operand<T> rows) {
+  products<T>().to_rows(panel.count, panel.columns(), depth, alpha, int64_t(pairs.size()), pairs.begin(), rows.data, rows.stride);
+}
+
+// sums += alpha sum x^T rows; sums in blocks
+template <typename T>
+void to_keys(const Panel& panel, int64_t depth, T alpha, Pairs<T> pairs, T* sums) {
+  products<T>().to_keys(panel.count, panel.columns(), depth, alpha, int64_t(pairs.size()), pairs.begin(), sums);
 }
 
 template <typename T>
@@ -37,7 +48,7 @@ void add_mask(const Matrices<const T>& mask, const Panel& panel, T* s, int64_t s
 template <typename T>
 void scores(const Problem<T>& problem, const Panel& panel, const Scratch<T>& scratch, T* s) {
   const int64_t stride = scratch.stride;
-  outer(panel, problem.depth, problem.scale, rows_of(problem.q, panel), scratch.keys(of_key, panel), false, s, stride);
+  outer(panel, problem.depth, problem.scale, {pair(rows_of(problem.q, panel), scratch.keys(of_key, panel))}, s, stride);
   if (problem.bias) return add_mask(*problem.bias, panel, s, stride);
   if (!problem.keep) return;
   const auto& keep = *problem.keep;
@@ -102,7 +113,7 @@ void score_gradients(const Problem<T>& problem, const Panel& panel, const T* sta
   const int64_t stride = scratch.stride;
   T *p = scratch[weights], *e = scratch[gradients];
   probabilities(problem, panel, statistics, scratch, p);
-  outer(panel, problem.value_depth, T(1), grad_out, scratch.keys(of_value, panel), false, e, stride);
+  outer(panel, problem.value_depth, T(1), {pair(grad_out, scratch.keys(of_value, panel))}, e, stride);
   DropoutFactors<T> factors(problem, panel);
   for (int64_t i = 0; i < panel.count; ++i) {
     T *p_row = p + i * stride, *e_row = e + i * stride;
@@ -116,10 +127,10 @@ void score_gradients(const Problem<T>& problem, const Panel& panel, const T* sta
 // t = the tangent of the scores.
 template <typename T>
 void tangent_scores(const Problem<T>& problem, const Tangents<T>& tangent, const Panel& panel, const Scratch<T>& scratch, T* t) {
-  const int64_t d = problem.depth, stride = scratch.stride;
-  outer(panel, d, problem.scale, rows_of(tangent.q, panel), scratch.keys(of_key, panel), false, t, stride);
-  outer(panel, d, problem.scale, rows_of(problem.q, panel), scratch.keys(of_tangent_key, panel), true, t, stride);
-  if (tangent.mask) add_mask(*tangent.mask, panel, t, stride);
+  const auto with_key = pair(rows_of(tangent.q, panel), scratch.keys(of_key, panel));
+  const auto with_tangent_key = pair(rows_of(problem.q, panel), scratch.keys(of_tangent_key, panel));
+  outer(panel, problem.depth, problem.scale, {with_key, with_tangent_key}, t, scratch.stride);
+  if (tangent.mask) add_mask(*tangent.mask, panel, t, scratch.stride);
 }
 
 // weights = the dropped weights Z, tangents = their tangent.
@@ -148,9 +159,11 @@ void tangent_score_gradients(const Problem<T>& problem, const Tangents<T>& tange
   T *p = scratch[weights], *t = scratch[tangents], *e = scratch[gradients], *f = scratch[tangent_gradients];
   probabilities(problem, panel, statistics, scratch, p);
   tangent_scores(problem, tangent, panel, scratch, t);
-  outer(panel, dv, T(1), grad_out, scratch.keys(of_value, panel), false, e, stride);
-  outer(panel, dv, T(1), grad_out, scratch.keys(of_tangent_value, panel), false, f, stride);
-  if (tangent_grad_out) outer(panel, dv, T(1), *tangent_grad_out, scratch.keys(of_value, panel), true, f, stride);
+  const auto value = scratch.keys(of_value, panel);
+  const auto with_tangent_value = pair(grad_out, scratch.keys(of_tangent_value, panel));
+  outer(panel, dv, T(1), {pair(grad_out, value)}, e, stride);
+  if (tangent_grad_out) outer(panel, dv, T(1), {with_tangent_value, pair(*tangent_grad_out, value)}, f, stride);
+  else outer(panel, dv, T(1), {with_tangent_value}, f, stride);
   DropoutFactors<T> factors(problem, panel);
   for (int64_t i = 0; i < panel.count; ++i) {
     T *p_row = p + i * stride, *t_row = t + i * stride, *e_row = e + i * stride, *f_row = f + i * stride;

@@ -10,6 +10,16 @@
 
 namespace metafast {
 
+// Two matrices to be multiplied, and how far apart their rows are. A product is a sum over such pairs, because derivatives come as
+// sums of products: one pass reads and writes what is summed into once.
+template <typename T>
+struct Factors {
+  const T* left;
+  int64_t left_stride;
+  const T* right;
+  int64_t right_stride;
+};
+
 template <typename T>
 struct Products {
   int64_t block;
@@ -18,15 +28,13 @@ struct Products {
   void (*pack)(int64_t columns, int64_t depth, const T* keys, int64_t stride, T* blocked);
   void (*unpack)(int64_t columns, int64_t depth, const T* blocked, T* keys, int64_t stride);
 
-  // x = alpha rows keys^T, or x + that, for rows [count, depth] and blocked keys. Writes whole blocks.
-  void (*outer)(int64_t count, int64_t columns, int64_t depth, T alpha, const T* rows, int64_t row_stride, const T* blocked,
-                bool accumulate, T* x, int64_t stride);
-  // rows = alpha x keys, or rows + that, for keys [columns, depth].
-  void (*to_rows)(int64_t count, int64_t columns, int64_t depth, T alpha, const T* x, int64_t stride, const T* keys,
-                  int64_t key_stride, bool accumulate, T* rows, int64_t row_stride);
-  // blocked += alpha x^T rows. Reads and writes whole blocks: what a panel's padding holds ends up after the last column.
-  void (*to_keys)(int64_t count, int64_t columns, int64_t depth, T alpha, const T* x, int64_t stride, const T* rows,
-                  int64_t row_stride, T* blocked);
+  // x = alpha sum rows keys^T: left is rows [count, depth], right blocked keys, whose stride is not read. Writes whole blocks.
+  void (*outer)(int64_t count, int64_t columns, int64_t depth, T alpha, int64_t terms, const Factors<T>* factors, T* x, int64_t stride);
+  // rows = alpha sum x keys: left is a panel, right keys [columns, depth].
+  void (*to_rows)(int64_t count, int64_t columns, int64_t depth, T alpha, int64_t terms, const Factors<T>* factors, T* rows, int64_t row_stride);
+  // blocked += alpha sum x^T rows: left is a panel, right rows [count, depth]. Reads and writes whole blocks: what a panel's
+  // padding holds ends up after the last column.
+  void (*to_keys)(int64_t count, int64_t columns, int64_t depth, T alpha, int64_t terms, const Factors<T>* factors, T* blocked);
 };
 
 // The widest variant that this machine runs.

@@ -12,24 +12,39 @@ constexpr int64_t width = VECTOR_BYTES / sizeof(REAL), block = 2 * width;
 inline __attribute__((always_inline)) Vector load(const REAL* from) { return *reinterpret_cast<const UnalignedVector*>(from); }
 inline __attribute__((always_inline)) void store(Vector vector, REAL* to) { *reinterpret_cast<UnalignedVector*>(to) = vector; }
 
-// c = alpha sum_k a_k b_k, or c + that: c is [rows, vectors * width], a_k a column and b_k a row. The accumulators stay in
+// What a tile multiplies for one pair of factors: a_k is a column and b_k a row.
+struct Strip {
+  const REAL* a;
+  int64_t a_row, a_step;
+  const REAL* b;
+  int64_t b_step;
+};
+constexpr int64_t most_terms = 2;
+
+// c = alpha sum_k a_k b_k over the depth of every strip, or c + that: c is [rows, vectors * width]. The accumulators stay in
 // registers: six rows of two vectors, and the operands, are what sixteen registers hold.
 inline __attribute__((always_inline)) void tile(
-    const int rows, const int vectors, int64_t depth, REAL alpha, const REAL* __restrict a, int64_t a_row, int64_t a_step,
-    const REAL* __restrict b, int64_t b_step, bool accumulate, REAL* __restrict c, int64_t c_row) {
+    const int rows, const int vectors, int64_t terms, const Strip* strips, int64_t depth, REAL alpha, bool accumulate,
+    REAL* __restrict c, int64_t c_row) {
   Vector sums[6][2];
 #pragma GCC unroll 6
   for (int r = 0; r < rows; ++r) {
     sums[r][0] = Vector{};
     sums[r][1] = Vector{};
   }
-  for (int64_t k = 0; k < depth; ++k) {
-    const Vector first = load(b + k * b_step), second = vectors > 1 ? load(b + k * b_step + width) : Vector{};
+  for (int64_t t = 0; t < terms; ++t) {
+    const REAL *__restrict a = strips[t].a, *__restrict b = strips[t].b;
+    const int64_t a_row = strips[t].a_row, a_step = strips[t].a_step, b_step = strips[t].b_step;
+    for (int64_t k = 0; k < depth; ++k) {
+      const Vector first = load(b), second = vectors > 1 ? load(b + width) : Vector{};
 #pragma GCC unroll 6
-    for (int r = 0; r < rows; ++r) {
-      const REAL factor = a[r * a_row + k * a_step];
-      sums[r][0] += factor * first;
-      if (vectors > 1) sums[r][1] += factor * second;
+      for (int r = 0; r < rows; ++r) {
+        const REAL factor = a[r * a_row];
+        sums[r][0] += factor * first;
+        if (vectors > 1) sums[r][1] += factor * second;
+      }
+      a += a_step;
+      b += b_step;
     }
   }
 #pragma GCC unroll 6
@@ -44,12 +59,12 @@ inline __attribute__((always_inline)) void tile(
 }
 
 // The same for any number of rows up to six; each case is compiled apart.
-void tile_of(int64_t rows, int64_t vectors, int64_t depth, REAL alpha, const REAL* a, int64_t a_row, int64_t a_step,
-             const REAL* b, int64_t b_step, bool accumulate, REAL* c, int64_t c_row) {
-#define METAFAST_TILE(ROWS)                                                                              \
-  case ROWS:                                                                                             \
-    if (vectors == 2) return tile(ROWS, 2, depth, alpha, a, a_row, a_step, b, b_step, accumulate, c, c_row); \
-    return tile(ROWS, 1, depth, alpha, a, a_row, a_step, b, b_step, accumulate, c, c_row);
+__attribute__((noinline)) void tile_of(int64_t rows, int64_t vectors, int64_t terms, const Strip* strips, int64_t depth, REAL alpha,
+                                       bool accumulate, REAL* c, int64_t c_row) {
+#define METAFAST_TILE(ROWS)                                                                     \
+  case ROWS:                                                                                    \
+    if (vectors == 2) return tile(ROWS, 2, terms, strips, depth, alpha, accumulate, c, c_row); \
+    return tile(ROWS, 1, terms, strips, depth, alpha, accumulate, c, c_row);
   switch (rows) {
     METAFAST_TILE(1)
     METAFAST_TILE(2)
@@ -111,58 +126,77 @@ void unpack(int64_t columns, int64_t depth, const REAL* blocked, REAL* keys, int
   }
 }
 
-// Keys that are worked on at a time stay in the nearest caches while the rows of a panel pass by.
-constexpr int64_t keys_at_a_time = 128;
+// Keys that are worked on at a time stay in the nearest cache, at usual depths, while the rows of a panel pass by.
+constexpr int64_t keys_at_a_time = 64;
 
-void outer(int64_t count, int64_t columns, int64_t depth, REAL alpha, const REAL* rows, int64_t row_stride,
-           const REAL* blocked, bool accumulate, REAL* x, int64_t stride) {
+void outer(int64_t count, int64_t columns, int64_t depth, REAL alpha, int64_t terms, const Factors<REAL>* factors, REAL* x, int64_t stride) {
   const Groups groups(count);
+  Strip strips[most_terms];
   for (int64_t first = 0; first < columns; first += keys_at_a_time) {
     const int64_t last = std::min(columns, first + keys_at_a_time);
     for (int64_t g = 0; g < groups.count; ++g) {
       const int64_t i = groups.first(g), n = groups.first(g + 1) - i;
       for (int64_t j = first; j < last; j += block) {
-        tile_of(n, 2, depth, alpha, rows + i * row_stride, row_stride, 1, blocked + j * depth, block, accumulate,
-                x + i * stride + j, stride);
+        for (int64_t t = 0; t < terms; ++t) {
+          const auto& [rows, row_stride, blocked, _] = factors[t];
+          strips[t] = {rows + i * row_stride, row_stride, 1, blocked + j * depth, block};
+        }
+        tile_of(n, 2, terms, strips, depth, alpha, false, x + i * stride + j, stride);
       }
     }
   }
 }
 
-void to_rows(int64_t count, int64_t columns, int64_t depth, REAL alpha, const REAL* x, int64_t stride, const REAL* keys,
-             int64_t key_stride, bool accumulate, REAL* rows, int64_t row_stride) {
+// One column of to_rows for keys [0, n_keys): what is left of a depth that is no multiple of a vector.
+void column_to_rows(int64_t count, int64_t n_keys, REAL alpha, int64_t terms, const Strip* strips, bool accumulate, REAL* c, int64_t c_row) {
+  for (int64_t r = 0; r < count; ++r) {
+    REAL sum = 0;
+    for (int64_t t = 0; t < terms; ++t) {
+      const Strip& one = strips[t];
+      for (int64_t k = 0; k < n_keys; ++k) sum += one.a[r * one.a_row + k] * one.b[k * one.b_step];
+    }
+    REAL& to = c[r * c_row];
+    to = accumulate ? to + alpha * sum : alpha * sum;
+  }
+}
+
+void to_rows(int64_t count, int64_t columns, int64_t depth, REAL alpha, int64_t terms, const Factors<REAL>* factors, REAL* rows, int64_t row_stride) {
   const Groups groups(count);
+  Strip strips[most_terms];
   for (int64_t first = 0; first < columns; first += keys_at_a_time) {
     const int64_t n_keys = std::min(columns - first, keys_at_a_time);
     for (int64_t g = 0; g < groups.count; ++g) {
       const int64_t i = groups.first(g), n = groups.first(g + 1) - i;
-      const REAL *a = x + i * stride + first, *b = keys + first * key_stride;
+      const auto strips_at = [&](int64_t at) {
+        for (int64_t t = 0; t < terms; ++t) {
+          const auto& [x, stride, keys, key_stride] = factors[t];
+          strips[t] = {x + i * stride + first, stride, 1, keys + first * key_stride + at, key_stride};
+        }
+        return strips;
+      };
       REAL* c = rows + i * row_stride;
-      const bool add = accumulate || first > 0;
       int64_t at = 0;
       for (; at + width <= depth; at += block) {
-        tile_of(n, at + block <= depth ? 2 : 1, n_keys, alpha, a, stride, 1, b + at, key_stride, add, c + at, row_stride);
+        tile_of(n, at + block <= depth ? 2 : 1, terms, strips_at(at), n_keys, alpha, first > 0, c + at, row_stride);
       }
-      // What is left of a depth that is no multiple of a vector.
       for (at = depth / width * width; at < depth; ++at) {
-        for (int64_t r = 0; r < n; ++r) {
-          REAL sum = 0;
-          for (int64_t k = 0; k < n_keys; ++k) sum += a[r * stride + k] * b[k * key_stride + at];
-          REAL& to = c[r * row_stride + at];
-          to = add ? to + alpha * sum : alpha * sum;
-        }
+        column_to_rows(n, n_keys, alpha, terms, strips_at(at), first > 0, c + at, row_stride);
       }
     }
   }
 }
 
-void to_keys(int64_t count, int64_t columns, int64_t depth, REAL alpha, const REAL* x, int64_t stride, const REAL* rows,
-             int64_t row_stride, REAL* blocked) {
+void to_keys(int64_t count, int64_t columns, int64_t depth, REAL alpha, int64_t terms, const Factors<REAL>* factors, REAL* blocked) {
   const Groups groups(depth);
+  Strip strips[most_terms];
   for (int64_t j = 0; j < columns; j += block) {
     for (int64_t g = 0; g < groups.count; ++g) {
       const int64_t c = groups.first(g), n = groups.first(g + 1) - c;
-      tile_of(n, 2, count, alpha, rows + c, 1, row_stride, x + j, stride, true, blocked + j * depth + c * block, block);
+      for (int64_t t = 0; t < terms; ++t) {
+        const auto& [x, stride, rows, row_stride] = factors[t];
+        strips[t] = {rows + c, 1, row_stride, x + j, stride};
+      }
+      tile_of(n, 2, terms, strips, count, alpha, true, blocked + j * depth + c * block, block);
     }
   }
 }

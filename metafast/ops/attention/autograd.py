@@ -69,7 +69,7 @@ class Attention(Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor, grad_statistics: Tensor) -> tuple[Tensor | None, ...]:
         by_mask = ctx.needs_input_grad[3]
-        grads = AttentionBackward.apply(grad_out, *ctx.saved_tensors, *ctx.numbers, by_mask)
+        grads = AttentionBackward.apply(grad_out, *_saved_as_numbers(ctx), *ctx.numbers, by_mask)
         return (*grads[:3], grads[3] if by_mask else None, *(None,) * 5)
 
     @staticmethod
@@ -81,7 +81,7 @@ class Attention(Function):
         tangent_mask: Tensor | None,
         *_: Any,
     ) -> tuple[Tensor, None]:
-        *saved, attn_mask, seeds = ctx.saved_tensors
+        *saved, attn_mask, seeds = _saved_as_numbers(ctx)
         tangents = (tangent_query, tangent_key, tangent_value, _of_additive(attn_mask, tangent_mask))
         return AttentionJvp.apply(*saved, *tangents, attn_mask, seeds, *ctx.numbers), None
 
@@ -266,6 +266,15 @@ def _raise_third_order() -> NoReturn:
 def _save(ctx: Any, *tensors: Tensor | None) -> None:
     ctx.save_for_backward(*tensors)
     ctx.save_for_forward(*tensors)
+
+
+def _saved_as_numbers(ctx: Any) -> tuple[Tensor | None, ...]:
+    """What ``Attention`` has saved, with ``out`` cut from the graph.
+
+    An edge to ``Attention`` would have autograd run its backward again in every double backward, on zeros.
+    """
+    query, key, value, out, *rest = ctx.saved_tensors
+    return query, key, value, out.detach(), *rest
 
 
 def _of_additive(attn_mask: Tensor | None, tangent: Tensor | None) -> Tensor | None:
