@@ -30,6 +30,7 @@ class Program:
 
     Attributes:
         bytes: of the intermediate values.
+        reached: tensors that the function reads, or writes, besides its inputs.
 
     Raises:
         NotRecordableError: see :func:`metafast.program.record`.
@@ -40,6 +41,7 @@ class Program:
         graph = recorded.module.graph
         graph.eliminate_dead_code()
         self._structure = recorded.outputs
+        self.reached = recorded.reached
         self._lock = threading.Lock()
         # Inference tensors: operations on them pass autograd by.
         with torch.inference_mode():
@@ -168,7 +170,7 @@ class _Build:
     def _call(self, node: fx.Node) -> Any:
         """What a node's value is, after its call was noted down, or made, if it is made but once."""
         target: Any = node.target
-        args, kwargs = self._now(node.args), self._now(node.kwargs)
+        args, kwargs = self._now(self._moved(node)), self._now(node.kwargs)
         if not self._runs(node):
             return target(*args, **kwargs)
         if aliased_argument(node) is not None or not results(node):
@@ -181,7 +183,19 @@ class _Build:
             else [self._place(root, like) for root, like in zip(self._aliases.of(node), results(node), strict=True)]
         )
         self.calls.append(writing(target, args, kwargs, outputs))
-        return pytree.tree_unflatten(outputs, pytree.tree_structure(node.meta["val"]))
+        given = iter(outputs)
+        return pytree.tree_map(lambda leaf: next(given) if isinstance(leaf, Tensor) else leaf, node.meta["val"])
+
+    def _moved(self, node: fx.Node) -> tuple[Any, ...]:
+        """The node's arguments, with an offset that counts from where memory began as counted from where it begins here."""
+        position = _OFFSETS.get(node.target)
+        if position is None or len(node.args) <= position or node.args[position] is None:
+            return node.args
+        (recorded,) = results(node.args[0])  # type: ignore[arg-type]
+        here = self._values[node.args[0]].storage_offset()  # type: ignore[index]
+        args = list(node.args)
+        args[position] += here - recorded.storage_offset()  # type: ignore[operator]
+        return tuple(args)
 
     def _place(self, root: Root, like: Tensor) -> Tensor:
         tensor = torch.empty(0, dtype=like.dtype, device=like.device)
@@ -199,6 +213,14 @@ _SHAPED_LIKE = {
     torch.ops.aten.new_zeros.default,
     torch.ops.aten.new_ones.default,
     torch.ops.aten.new_full.default,
+}
+
+
+# The position of the argument that is an offset into memory.
+_OFFSETS: dict[Any, int] = {
+    torch.ops.aten.as_strided.default: 3,
+    torch.ops.aten.as_strided_copy.default: 3,
+    torch.ops.aten.as_strided_scatter.default: 4,
 }
 
 
