@@ -192,7 +192,7 @@ class _Build:
         if position is None or len(node.args) <= position or node.args[position] is None:
             return node.args
         (recorded,) = results(node.args[0])  # type: ignore[arg-type]
-        here = self._values[node.args[0]].storage_offset()  # type: ignore[index]
+        here = self._values[node.args[0]].storage_offset()
         args = list(node.args)
         args[position] += here - recorded.storage_offset()  # type: ignore[operator]
         return tuple(args)

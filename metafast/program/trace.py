@@ -15,6 +15,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
+from metafast.program.aliases import Aliases
+
 _lock = threading.Lock()
 
 
@@ -48,7 +50,8 @@ def record(function: Callable[..., Any], inputs: list[Tensor]) -> Recorded:
 
     Raises:
         NotRecordableError: Python looks at the values of tensors, a shape depends on them, a tensor changes its shape or
-            memory in place, or random numbers come from elsewhere than torch's own state as it is at the time.
+            memory in place, one that is no input is changed, or random numbers come from elsewhere than torch's own
+            state as it is at the time.
     """
     structure: list[pytree.TreeSpec] = []
 
@@ -65,16 +68,23 @@ def record(function: Callable[..., Any], inputs: list[Tensor]) -> Recorded:
             fakes = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in inputs]
             module = tracing(*fakes)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
-        raise NotRecordableError(
-            f"the computation depends on the values of tensors in Python, which a replay would not look at again: {error}"
-        ) from error
+        raise NotRecordableError(f"{_LOOKS} {error}") from error
     if put_back and any(draws_random_numbers(node) for node in module.graph.nodes):
         raise NotRecordableError(
             "the computation draws random numbers and sets the random state, which a replay would not: either a seed, or "
             "dropout in a part that is recomputed in the backward pass; record it without checkpointing or dropout"
         )
     for node in module.graph.nodes:
-        _check_repeatable(module, node)
+        if isinstance(node.target, OpOverload):
+            _check_repeatable(node.target, node)
+        elif node.op == "get_attr" and isinstance(getattr(module, node.target), torch.Generator):
+            raise NotRecordableError(
+                "the computation draws from a generator of its own, which a replay would not seed again"
+            )
+    if any(root.node.op == "get_attr" for root in Aliases(module.graph).written):
+        raise NotRecordableError(
+            "the computation changes a tensor in place that is neither an input nor made by it; register it as a buffer"
+        )
     return Recorded(module, structure[0])
 
 
@@ -83,25 +93,24 @@ def draws_random_numbers(node: fx.Node) -> bool:
     return isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
 
 
-def _check_repeatable(module: fx.GraphModule, node: fx.Node) -> None:
-    if node.op == "get_attr" and isinstance(getattr(module, str(node.target)), torch.Generator):
+def _check_repeatable(op: OpOverload, node: fx.Node) -> None:
+    if {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(op.tags):
+        raise NotRecordableError(f"{_LOOKS} {op}")
+    if torch.Tag.inplace_view in op.tags or _resizes(op, node):
         raise NotRecordableError(
-            "the computation draws from a generator of its own, which a replay would not seed again"
+            f"the computation changes the shape or the memory of a tensor in place ({op}), where a replay has all shapes "
+            "and places decided"
         )
-    if not isinstance(node.target, OpOverload):
-        return
-    if torch.Tag.inplace_view in node.target.tags or _resizes(node):
-        raise NotRecordableError(
-            f"the computation changes the shape or the memory of a tensor in place ({node.target}), where a replay has all "
-            "shapes and places decided"
-        )
-    if sum(value.alias_info is not None for value in node.target._schema.returns) > 1:
-        raise NotRecordableError(f"the computation has several results put into given tensors ({node.target})")
+    if sum(value.alias_info is not None for value in op._schema.returns) > 1:
+        raise NotRecordableError(f"the computation has several results put into given tensors ({op})")
 
 
-def _resizes(node: fx.Node) -> bool:
+_LOOKS = "the computation depends on the values of tensors in Python, which a replay would not look at again:"
+
+
+def _resizes(op: OpOverload, node: fx.Node) -> bool:
     """Whether an operation is given a tensor of another shape for its result."""
-    outputs = [node.kwargs.get(argument.name) for argument in node.target._schema.arguments if argument.is_out]
+    outputs = [node.kwargs.get(argument.name) for argument in op._schema.arguments if argument.is_out]
     given = [output.meta["val"].shape for output in outputs if isinstance(output, fx.Node)]
     return bool(given) and given != [leaf.shape for leaf in pytree.tree_leaves(node.meta["val"])]
 
