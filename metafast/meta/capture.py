@@ -99,8 +99,13 @@ class Captured:
             torch.is_autocast_enabled(device),
             torch.get_autocast_dtype(device),
             torch.get_default_dtype(),
-            tuple((name, repr(value)) for name, value in vars(self._module).items() if _is_plain(value)),
-            tuple(_module_settings(module) for module in self._module.modules()),
+            tuple(
+                (name, repr(value))
+                for name, value in vars(self._module).items()
+                # The outcome is of the call before.
+                if name != "outcome" and _is_plain(value)
+            ),
+            tuple(_module_settings(module) for module in self._module.modules() if module is not self._module),
         )
 
     def __getstate__(self) -> dict[str, Any]:

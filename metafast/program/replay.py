@@ -191,10 +191,10 @@ class _Build:
         position = _OFFSETS.get(node.target)
         if position is None or len(node.args) <= position or node.args[position] is None:
             return node.args
-        (recorded,) = results(node.args[0])  # type: ignore[arg-type]
-        here = self._values[node.args[0]].storage_offset()
-        args = list(node.args)
-        args[position] += here - recorded.storage_offset()  # type: ignore[operator]
+        base: Any = node.args[0]
+        (recorded,) = results(base)
+        args: list[Any] = list(node.args)
+        args[position] += self._values[base].storage_offset() - recorded.storage_offset()
         return tuple(args)
 
     def _place(self, root: Root, like: Tensor) -> Tensor:
