@@ -82,7 +82,9 @@ def recordings(monkeypatch):
 
 
 def learner(net=None, loss_fn=loss_fn, kind=metafast.MAML, **options):
-    return kind(net or mlp(), loss_fn, **{"inner": SGD(lr=0.1), "steps": STEPS, "reduction": "sum", "capture": True, **options})
+    return kind(
+        net or mlp(), loss_fn, **{"inner": SGD(lr=0.1), "steps": STEPS, "reduction": "sum", "capture": True, **options}
+    )
 
 
 def twins(meta):
@@ -93,7 +95,7 @@ def twins(meta):
 
 
 def same(found, expected):
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def close(found, expected):
@@ -234,20 +236,20 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_changes_between_calls_are_seen(draw, recordings, change):
-    meta, plain = twins(learner(normed(), order=2, task_batching="loop"))
-    agree(meta, plain, [(draw(), draw()) for _ in range(2)])
+    meta, plain = twins(learner(normed(), steps=1, task_batching="loop", adapt_parameters="3.*"))
+    agree(meta, plain, [(draw(tasks=1), draw(tasks=1))])
     change(meta), change(plain)
-    agree(meta, plain, [(draw(), draw()) for _ in range(2)])
+    agree(meta, plain, [(draw(tasks=1), draw(tasks=1)) for _ in range(2)])
     assert len(recordings) == 2
 
 
 def test_back_and_forth_uses_what_was_recorded(draw, recordings):
-    meta, plain = twins(learner(normed(), task_batching="loop"))
+    meta, plain = twins(learner(normed(), steps=1, task_batching="loop"))
     for _ in range(2):
         meta.train(), plain.train()
-        agree(meta, plain, [(draw(), draw())])
+        agree(meta, plain, [(draw(tasks=1), draw(tasks=1))])
         meta.eval(), plain.eval()
-        agree(meta, plain, [(draw(), draw())])
+        agree(meta, plain, [(draw(tasks=1), draw(tasks=1))])
     assert len(recordings) == 2
 
 
@@ -276,7 +278,7 @@ def test_auto_checkpoint(draw, classes, monkeypatch, caplog, free, rebuilt, kind
     monkeypatch.setattr(memory, "free_bytes", lambda device: free)
     options = {"ways": 2} if kind is metafast.ProtoMAML else {}
     own = classified if options else loss_fn
-    meta, plain = twins(learner(normed(), own, kind=kind, checkpoint="auto", task_batching="loop", **options))
+    meta, plain = twins(learner(normed(), own, kind=kind, steps=1, checkpoint="auto", task_batching="loop", **options))
     with caplog.at_level(logging.INFO, "metafast"):
         agree(meta, plain, [(classes(), classes(6)) if options else (draw(), draw(6)) for _ in range(2)])
     assert caplog.text.count("are rebuilt" if rebuilt else "are kept") == 2  # once a learner
@@ -362,7 +364,7 @@ def test_dropout_draws_anew(draw, task_batching):
 
 def test_dropout_that_is_recomputed(draw):
     meta = learner(dropping(), checkpoint=True)
-    with pytest.raises(NotRecordableError, match="random numbers .* without checkpointing or dropout"):
+    with pytest.raises(NotRecordableError, match=r"random numbers .* without checkpointing or dropout"):
         meta(draw(), draw())
     meta.eval()
     agree(*twins(meta), [(draw(), draw()) for _ in range(2)])
@@ -501,7 +503,9 @@ def test_hugging_face(generator):
 
 def test_a_convolution_and_its_gradients(generator):
     """Gradients that are not asked for are no results."""
-    net = nn.Sequential(nn.Conv1d(2, 3, 3), nn.GroupNorm(1, 3), nn.ReLU(), nn.MaxPool1d(2), nn.Flatten(), nn.Linear(6, 2))
+    net = nn.Sequential(
+        nn.Conv1d(2, 3, 3), nn.GroupNorm(1, 3), nn.ReLU(), nn.MaxPool1d(2), nn.Flatten(), nn.Linear(6, 2)
+    )
     shapes = ((TASKS, 4, 2, 6), (TASKS, 4, 2))
     meta, plain = twins(learner(net.double()))
     for _ in range(3):

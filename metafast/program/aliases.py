@@ -76,13 +76,24 @@ def results(node: fx.Node) -> list[Tensor]:
 
 
 def written_arguments(node: fx.Node) -> list[fx.Node]:
-    """What a call changes in place."""
+    """The memory that a call changes in place."""
+    if reshapes_in_place(node):
+        return []
     return [
         value
         for argument, value in _arguments(node)
         if (argument.alias_info is not None and argument.alias_info.is_write)
         or argument.name in _WRITTEN_UNSAID.get(node.target, ())
     ]
+
+
+def reshapes_in_place(node: fx.Node) -> bool:
+    """Whether a call leaves its argument's memory alone and makes the argument itself another view of it."""
+    return getattr(node.target, "overloadpacket", None) in _RESHAPING
+
+
+_aten = torch.ops.aten
+_RESHAPING = {_aten.squeeze_, _aten.unsqueeze_, _aten.t_, _aten.transpose_, _aten.detach_}
 
 
 def aliased_argument(node: fx.Node) -> fx.Node | None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from metafast.program.aliases import Aliases, Root, aliased_argument, results, written_arguments
+from metafast.program.aliases import Aliases, Root, aliased_argument, reshapes_in_place, results, written_arguments
 from metafast.program.memory import Arena
 from metafast.program.trace import draws_random_numbers, record
 from metafast.program.variants import writing
@@ -171,6 +171,9 @@ class _Build:
         """What a node's value is, after its call was noted down, or made, if it is made but once."""
         target: Any = node.target
         args, kwargs = self._now(self._moved(node)), self._now(node.kwargs)
+        if reshapes_in_place(node):
+            # The argument's other uses, before, are of its shape then.
+            return target(torch.ops.aten.alias(args[0]), *args[1:], **kwargs)
         if not self._runs(node):
             return target(*args, **kwargs)
         if aliased_argument(node) is not None or not results(node):
@@ -225,7 +228,7 @@ _OFFSETS: dict[Any, int] = {
 
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset()
+    return tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.is_conj(), tensor.is_neg()
 
 
 def _bytes(tensor: Tensor) -> int:

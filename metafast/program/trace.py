@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from metafast.program.aliases import Aliases
+from metafast.program.aliases import Aliases, reshapes_in_place
 
 _lock = threading.Lock()
 
@@ -94,9 +94,10 @@ def draws_random_numbers(node: fx.Node) -> bool:
 
 
 def _check_repeatable(op: OpOverload, node: fx.Node) -> None:
-    if {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(op.tags):
+    looks = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(op.tags)
+    if looks and op not in _SHAPES_KNOWN:
         raise NotRecordableError(f"{_LOOKS} {op}")
-    if torch.Tag.inplace_view in op.tags or _resizes(op, node):
+    if (torch.Tag.inplace_view in op.tags and not reshapes_in_place(node)) or _resizes(op, node):
         raise NotRecordableError(
             f"the computation changes the shape or the memory of a tensor in place ({op}), where a replay has all shapes "
             "and places decided"
@@ -105,6 +106,8 @@ def _check_repeatable(op: OpOverload, node: fx.Node) -> None:
         raise NotRecordableError(f"the computation has several results put into given tensors ({op})")
 
 
+# With masks their shapes depend on values, but those are refused while recording.
+_SHAPES_KNOWN = {torch.ops.aten.index.Tensor, torch.ops.aten.repeat_interleave.Tensor}
 _LOOKS = "the computation depends on the values of tensors in Python, which a replay would not look at again:"
 
 
