@@ -323,7 +323,7 @@ def test_metrics(draw):
 
 
 def test_losses_that_are_not_finite(draw, recordings):
-    meta, plain = twins(learner(normed(), on_nonfinite="skip", task_batching="loop"))
+    meta, plain = twins(learner(normed(), steps=1, on_nonfinite="skip", task_batching="loop"))
     for bad in (None, 1, 0):
         support, query = draw(), draw()
         if bad is not None:
@@ -464,7 +464,7 @@ def test_transformer_with_padding(generator, checkpoint):
         x[torch.arange(6) >= torch.randint(2, 7, (TASKS, 4, 1), generator=generator)] = 0
         return x, torch.randint(0, 4, (TASKS, 4), generator=generator)
 
-    meta, plain = twins(learner(Encoder().double(), classified, checkpoint=checkpoint))
+    meta, plain = twins(learner(Encoder().double(), classified, steps=1, checkpoint=checkpoint))
     for _ in range(3):
         batches = draw(), draw()
         close(called(meta, *batches), called(plain, *batches))
@@ -530,7 +530,7 @@ def test_old_programs_are_dropped(draw, recordings, monkeypatch):
 
 
 def test_50_calls_keep_nothing(draw):
-    meta = learner(normed(), task_batching="loop")
+    meta = learner(normed(), steps=1, task_batching="loop")
     support, query = draw(), draw()
 
     def tensors_after(count):
