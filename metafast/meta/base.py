@@ -306,6 +306,13 @@ class MetaLearner(nn.Module):
         size = self.tasks_per_chunk or tasks
         if size >= tasks and not self.capture:
             return self._weighted(support, query, weights)
+        if torch.is_grad_enabled() and any(
+            leaf.requires_grad for leaf in pytree.tree_leaves((support, query)) if leaf is not None
+        ):
+            raise ValueError(
+                "support, query: with capture or tasks_per_chunk parameters alone get gradients; expected tensors that "
+                "require none"
+            )
         params = self._trained()
         gradients: list[Tensor | None] = [None] * len(params)
         totals, runs = [], []
@@ -344,8 +351,10 @@ class MetaLearner(nn.Module):
             raise BackendUnavailableError(
                 f"cuda_graph: expected the model on a CUDA device, got {self.device}; capture=True replays anywhere"
             )
-        # Looks at the memory that is free, so not while recording.
-        self._rebuilds(self._start(support), support, len(weights))
+        if self.checkpoint == "auto":
+            # Looks at the memory that is free, so not while recording. A start may run the model.
+            with Surroundings(self.device, self.model).replayed():
+                self._rebuilds(self._start(support), support, len(weights))
         return self._captured("step", computed, support, query, weights)
 
     def _weighted(self, support: Any, query: Any, weights: Tensor) -> tuple[Tensor, Run]:

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from metafast.backend import requested_backend
 from metafast.inner import Rule
-from metafast.program import Program
+from metafast.program import NotRecordableError, Program
 
 logger = logging.getLogger("metafast")
 
@@ -82,6 +82,11 @@ class Captured:
     def _recorded(name: str, run: Callable[..., Any], inputs: list[Tensor]) -> Program:
         started = time.perf_counter()
         program = Program(run, inputs)
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in program.reached):
+            raise NotRecordableError(
+                "model and loss_fn reach a tensor that requires a gradient and is no parameter of the learner, so that it "
+                "would get none: make it one, or switch it off by requires_grad_(False)"
+            )
         seconds, mebibytes = time.perf_counter() - started, program.bytes / 2**20
         logger.info("capture: recorded %s in %.1f s, %.0f MiB of intermediate values", name, seconds, mebibytes)
         return program
@@ -93,8 +98,14 @@ class Captured:
             requested_backend(),
             torch.is_autocast_enabled(device),
             torch.get_autocast_dtype(device),
-            tuple(module.training for module in self._module.modules()),
-            tuple((name, repr(value)) for name, value in vars(self._module).items() if _is_plain(value)),
+            torch.get_default_dtype(),
+            tuple(
+                (name, repr(value))
+                for name, value in vars(self._module).items()
+                # The outcome is of the call before.
+                if name != "outcome" and _is_plain(value)
+            ),
+            tuple(_module_settings(module) for module in self._module.modules() if module is not self._module),
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -105,6 +116,24 @@ class Captured:
 def _may_have_changed(buffer: Tensor, before: Tensor, version: int) -> bool:
     # Batch norm's kernels write running statistics without a new version.
     return buffer is not before or buffer._version != version or buffer.is_floating_point()
+
+
+def _module_settings(module: nn.Module) -> tuple[Any, ...]:
+    """What may change in a module between calls: numbers and strings, which tensors it has besides its own, its hooks."""
+    return (
+        type(module),
+        tuple(
+            # Tensors are read live, as long as they are the same ones.
+            (name, id(value) if type(value) is Tensor else value)
+            for name, value in vars(module).items()
+            if type(value) in _SETTINGS
+        ),
+        *(tuple(hooks) for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)),
+        tuple(module._backward_pre_hooks),
+    )
+
+
+_SETTINGS = {bool, int, float, str, type(None), Tensor}
 
 
 def _is_plain(value: Any) -> bool:

@@ -30,7 +30,7 @@ class Aliases:
     """
 
     def __init__(self, graph: fx.Graph) -> None:
-        # As a node's value is made up: one, or lists of them.
+        # As a node's value is made up: one, or lists of them; None for what is no tensor, such as a gradient not asked for.
         self._roots: dict[fx.Node, Any] = {}
         self.written: set[Root] = set()
         for node in graph.nodes:
@@ -41,7 +41,7 @@ class Aliases:
 
     def of(self, node: fx.Node) -> tuple[Root, ...]:
         """One for each tensor that the node gives."""
-        return tuple(pytree.tree_leaves(self._roots[node]))
+        return tuple(leaf for leaf in pytree.tree_leaves(self._roots[node]) if leaf is not None)
 
     def read(self, node: fx.Node) -> Iterator[tuple[fx.Node, Root]]:
         """The values that a node takes, and their memory."""
@@ -65,7 +65,9 @@ class Aliases:
         if base is not None:
             return pytree.tree_map(lambda _: self._roots[base], node.meta.get("val"))
         count = itertools.count()
-        return pytree.tree_map(lambda _: Root(node, next(count)), node.meta.get("val"))
+        return pytree.tree_map(
+            lambda leaf: Root(node, next(count)) if isinstance(leaf, Tensor) else None, node.meta.get("val")
+        )
 
 
 def results(node: fx.Node) -> list[Tensor]:
@@ -74,12 +76,24 @@ def results(node: fx.Node) -> list[Tensor]:
 
 
 def written_arguments(node: fx.Node) -> list[fx.Node]:
-    """What a call changes in place."""
+    """The memory that a call changes in place."""
+    if reshapes_in_place(node):
+        return []
     return [
         value
         for argument, value in _arguments(node)
-        if argument.alias_info is not None and argument.alias_info.is_write
+        if (argument.alias_info is not None and argument.alias_info.is_write)
+        or argument.name in _WRITTEN_UNSAID.get(node.target, ())
     ]
+
+
+def reshapes_in_place(node: fx.Node) -> bool:
+    """Whether a call leaves its argument's memory alone and makes the argument itself another view of it."""
+    return getattr(node.target, "overloadpacket", None) in _RESHAPING
+
+
+_aten = torch.ops.aten
+_RESHAPING = {_aten.squeeze_, _aten.unsqueeze_, _aten.t_, _aten.transpose_, _aten.detach_}
 
 
 def aliased_argument(node: fx.Node) -> fx.Node | None:
@@ -96,6 +110,16 @@ def aliased_argument(node: fx.Node) -> fx.Node | None:
         if argument.alias_info is not None and (node.target.is_view or returned & set(argument.alias_info.before_set)):
             return value
     return None
+
+
+_STATISTICS = ("running_mean", "running_var")
+# What the schema of an operation does not say that it writes.
+_WRITTEN_UNSAID: dict[Any, tuple[str, ...]] = {
+    torch.ops.aten.native_batch_norm.default: _STATISTICS,
+    torch.ops.aten.cudnn_batch_norm.default: _STATISTICS,
+    torch.ops.aten.miopen_batch_norm.default: _STATISTICS,
+    torch.ops.aten.batch_norm_update_stats.default: _STATISTICS,
+}
 
 
 def _arguments(node: fx.Node) -> Iterator[tuple[Any, fx.Node]]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from metafast.program.aliases import Aliases, Root, aliased_argument, results, written_arguments
+from metafast.program.aliases import Aliases, Root, aliased_argument, reshapes_in_place, results, written_arguments
 from metafast.program.memory import Arena
 from metafast.program.rewrite import simplify
 from metafast.program.trace import draws_random_numbers, record
@@ -31,6 +31,7 @@ class Program:
 
     Attributes:
         bytes: of the intermediate values.
+        reached: tensors that the function reads, or writes, besides its inputs.
 
     Raises:
         NotRecordableError: see :func:`metafast.program.record`.
@@ -41,6 +42,7 @@ class Program:
         graph = recorded.module.graph
         simplify(graph)
         self._structure = recorded.outputs
+        self.reached = recorded.reached
         self._lock = threading.Lock()
         # Inference tensors: operations on them pass autograd by.
         with torch.inference_mode():
@@ -175,7 +177,10 @@ class _Build:
     def _call(self, node: fx.Node) -> Any:
         """What a node's value is, after its call was noted down, or made, if it is made but once."""
         target: Any = node.target
-        args, kwargs = self._now(node.args), self._now(node.kwargs)
+        args, kwargs = self._now(self._moved(node)), self._now(node.kwargs)
+        if reshapes_in_place(node):
+            # The argument's other uses, before, are of its shape then.
+            return target(torch.ops.aten.alias(args[0]), *args[1:], **kwargs)
         if not self._runs(node):
             return target(*args, **kwargs)
         if aliased_argument(node) is not None or not results(node):
@@ -188,7 +193,19 @@ class _Build:
             else [self._place(root, like) for root, like in zip(self._aliases.of(node), results(node), strict=True)]
         )
         self.calls.append(writing(target, args, kwargs, outputs))
-        return pytree.tree_unflatten(outputs, pytree.tree_structure(node.meta["val"]))
+        given = iter(outputs)
+        return pytree.tree_map(lambda leaf: next(given) if isinstance(leaf, Tensor) else leaf, node.meta["val"])
+
+    def _moved(self, node: fx.Node) -> tuple[Any, ...]:
+        """The node's arguments, with an offset that counts from where memory began as counted from where it begins here."""
+        position = _OFFSETS.get(node.target)
+        if position is None or len(node.args) <= position or node.args[position] is None:
+            return node.args
+        base: Any = node.args[0]
+        (recorded,) = results(base)
+        args: list[Any] = list(node.args)
+        args[position] += self._values[base].storage_offset() - recorded.storage_offset()
+        return tuple(args)
 
     def _place(self, root: Root, like: Tensor) -> Tensor:
         tensor = torch.empty(0, dtype=like.dtype, device=like.device)
@@ -225,8 +242,16 @@ _SHAPED_LIKE = {
 }
 
 
+# The position of the argument that is an offset into memory.
+_OFFSETS: dict[Any, int] = {
+    torch.ops.aten.as_strided.default: 3,
+    torch.ops.aten.as_strided_copy.default: 3,
+    torch.ops.aten.as_strided_scatter.default: 4,
+}
+
+
 def _layout(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset()
+    return tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.is_conj(), tensor.is_neg()
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,9 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
+
+from metafast.program.aliases import Aliases, reshapes_in_place
 
 _lock = threading.Lock()
 
@@ -27,11 +31,14 @@ class Recorded:
         module: one placeholder an input, one flat list of outputs. Tensors that the function reached in other ways (buffers,
             say) are attributes of it, by reference.
         outputs: how the outputs make up the function's result.
+        reached: those tensors.
     """
 
     def __init__(self, module: fx.GraphModule, outputs: pytree.TreeSpec) -> None:
         self.module = module
         self.outputs = outputs
+        attributes = [getattr(module, node.target) for node in module.graph.nodes if node.op == "get_attr"]
+        self.reached = [value for value in attributes if isinstance(value, Tensor)]
 
 
 def record(function: Callable[..., Any], inputs: list[Tensor]) -> Recorded:
@@ -42,8 +49,9 @@ def record(function: Callable[..., Any], inputs: list[Tensor]) -> Recorded:
         inputs: dense tensors; only their shapes, strides, dtypes and devices matter.
 
     Raises:
-        NotRecordableError: Python looks at the values of tensors, a shape depends on them, or random numbers are drawn
-            again after their state was put back.
+        NotRecordableError: Python looks at the values of tensors, a shape depends on them, a tensor changes its shape or
+            memory in place, one that is no input is changed, or random numbers come from elsewhere than torch's own
+            state as it is at the time.
     """
     structure: list[pytree.TreeSpec] = []
 
@@ -52,40 +60,94 @@ def record(function: Callable[..., Any], inputs: list[Tensor]) -> Recorded:
         structure.append(spec)
         return leaves
 
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    fakes = [mode.from_tensor(tensor.detach(), static_shapes=True) for tensor in inputs]
+    tracing = make_fx(flat, tracing_mode="real", _allow_non_fake_inputs=True, _error_on_data_dependent_ops=False)
     try:
-        with _lock, _watching_random_state() as replayed:
-            module = make_fx(flat, tracing_mode="real", _allow_non_fake_inputs=True)(*fakes)
+        # In the mode, what the function makes is without data too, and what it changes by closure stays as it is.
+        with _lock, _watching_random_state() as put_back, FakeTensorMode(allow_non_fake_inputs=True):
+            # Not views of anything, so that an offset in memory means the same in a replay.
+            fakes = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in inputs]
+            module = tracing(*fakes)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise NotRecordableError(f"{_LOOKS} {error}") from error
+    if put_back and any(draws_random_numbers(node) for node in module.graph.nodes):
         raise NotRecordableError(
-            f"the computation depends on the values of tensors in Python, which a replay would not look at again: {error}"
-        ) from error
-    if replayed and any(draws_random_numbers(node) for node in module.graph.nodes):
+            "the computation draws random numbers and sets the random state, which a replay would not: either a seed, or "
+            "dropout in a part that is recomputed in the backward pass; record it without checkpointing or dropout"
+        )
+    for node in module.graph.nodes:
+        if isinstance(node.target, OpOverload):
+            _check_repeatable(node.target, node)
+        elif node.op == "get_attr" and isinstance(getattr(module, node.target), torch.Generator):
+            raise NotRecordableError(
+                "the computation draws from a generator of its own, which a replay would not seed again"
+            )
+    if any(root.node.op == "get_attr" for root in Aliases(module.graph).written):
         raise NotRecordableError(
-            "the computation draws the same random numbers twice by putting the random state back (dropout in a part "
-            "that is recomputed in the backward pass), which a replay cannot: record it without checkpointing or dropout"
+            "the computation changes a tensor in place that is neither an input nor made by it; register it as a buffer"
         )
     return Recorded(module, structure[0])
 
 
 def draws_random_numbers(node: fx.Node) -> bool:
     """Whether an operation's result is another one each time."""
-    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+    return isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+
+
+def _check_repeatable(op: OpOverload, node: fx.Node) -> None:
+    looks = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(op.tags)
+    if looks and op not in _SHAPES_KNOWN:
+        raise NotRecordableError(f"{_LOOKS} {op}")
+    if (torch.Tag.inplace_view in op.tags and not reshapes_in_place(node)) or _resizes(op, node):
+        raise NotRecordableError(
+            f"the computation changes the shape or the memory of a tensor in place ({op}), where a replay has all shapes "
+            "and places decided"
+        )
+    if sum(value.alias_info is not None for value in op._schema.returns) > 1:
+        raise NotRecordableError(f"the computation has several results put into given tensors ({op})")
+
+
+# With masks their shapes depend on values, but those are refused while recording.
+_SHAPES_KNOWN = {torch.ops.aten.index.Tensor, torch.ops.aten.repeat_interleave.Tensor}
+_LOOKS = "the computation depends on the values of tensors in Python, which a replay would not look at again:"
+
+
+def _resizes(op: OpOverload, node: fx.Node) -> bool:
+    """Whether an operation is given a tensor of another shape for its result."""
+    outputs = [node.kwargs.get(argument.name) for argument in op._schema.arguments if argument.is_out]
+    given = [output.meta["val"].shape for output in outputs if isinstance(output, fx.Node)]
+    return bool(given) and given != [leaf.shape for leaf in pytree.tree_leaves(node.meta["val"])]
 
 
 @contextmanager
-def _watching_random_state() -> Iterator[list[bool]]:
-    """A list that is no longer empty once the random state was set inside."""
-    seen: list[bool] = []
-    original = torch.random.set_rng_state
+def _watching_random_state() -> Iterator[list[str]]:
+    """The names of functions that set the random state inside; it is what it was before again afterwards.
 
-    def set_rng_state(new_state: Tensor) -> None:
-        seen.append(True)
-        original(new_state)
+    Raises:
+        NotRecordableError: Python's random numbers were drawn.
+    """
+    seen: list[str] = []
+    # torch has them under both names.
+    places = [(place, name) for name in ("set_rng_state", "manual_seed", "seed") for place in (torch, torch.random)]
+    originals = [getattr(place, name) for place, name in places]
 
-    torch.random.set_rng_state = set_rng_state
+    def watched(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def function(*args: Any, **kwargs: Any) -> Any:
+            seen.append(name)
+            return original(*args, **kwargs)
+
+        return function
+
+    before, python_before = torch.get_rng_state(), random.getstate()
+    for (place, name), original in zip(places, originals, strict=True):
+        setattr(place, name, watched(name, original))
     try:
         yield seen
+        if random.getstate() != python_before:
+            random.setstate(python_before)
+            raise NotRecordableError(
+                "the computation draws Python's random numbers, which a replay would not draw again"
+            )
     finally:
-        torch.random.set_rng_state = original
+        for (place, name), original in zip(places, originals, strict=True):
+            setattr(place, name, original)
+        torch.set_rng_state(before)

@@ -20,7 +20,8 @@ def writing(
     if op in _COPIES:
         return functools.partial(outputs[0].copy_, args[0])
     variant = out_variant(op)
-    if variant is None:
+    # What an operation is told not to compute has no output, but the overload wants one.
+    if variant is None or len(variant[1]) != len(outputs):
         return functools.partial(_computed_and_copied, op, args, kwargs, outputs)
     overload, names = variant
     return functools.partial(overload, *args, **kwargs, **dict(zip(names, outputs, strict=True)))
@@ -50,7 +51,7 @@ def _computed_and_copied(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str
 def _flat(results: Any) -> list[Tensor]:
     if isinstance(results, Tensor):
         return [results]
-    return [tensor for result in results for tensor in _flat(result)]
+    return [tensor for result in results if result is not None for tensor in _flat(result)]
 
 
 # What they do besides copying, memory format and dtype, the output has already.
