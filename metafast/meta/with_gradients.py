@@ -33,5 +33,10 @@ class _WithGradients(Function):
         return (
             None,
             None,
-            *(None if g is None else torch.tensordot(grad.to(g.dtype), g, grad.ndim) for g in ctx.gradients),
+            *(None if g is None else _product(grad.to(g.dtype), g) for g in ctx.gradients),
         )
+
+
+def _product(grad: Tensor, derivatives: Tensor) -> Tensor:
+    """Σ over the values, of which there may be one: then a multiplication, many times faster for small tensors."""
+    return grad * derivatives if grad.ndim == 0 else torch.tensordot(grad, derivatives, grad.ndim)

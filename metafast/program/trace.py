@@ -69,6 +69,11 @@ def record(function: Callable[..., Any], inputs: list[Tensor]) -> Recorded:
             module = tracing(*fakes)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise NotRecordableError(f"{_LOOKS} {error}") from error
+    except NotImplementedError as error:
+        # Up to torch 2.11 a graph cannot hold one.
+        if "Generator" not in str(error):
+            raise
+        raise NotRecordableError(_DRAWS_ELSEWHERE) from error
     if put_back and any(draws_random_numbers(node) for node in module.graph.nodes):
         raise NotRecordableError(
             "the computation draws random numbers and sets the random state, which a replay would not: either a seed, or "
@@ -78,9 +83,7 @@ def record(function: Callable[..., Any], inputs: list[Tensor]) -> Recorded:
         if isinstance(node.target, OpOverload):
             _check_repeatable(node.target, node)
         elif node.op == "get_attr" and isinstance(getattr(module, node.target), torch.Generator):
-            raise NotRecordableError(
-                "the computation draws from a generator of its own, which a replay would not seed again"
-            )
+            raise NotRecordableError(_DRAWS_ELSEWHERE)
     if any(root.node.op == "get_attr" for root in Aliases(module.graph).written):
         raise NotRecordableError(
             "the computation changes a tensor in place that is neither an input nor made by it; register it as a buffer"
@@ -108,6 +111,7 @@ def _check_repeatable(op: OpOverload, node: fx.Node) -> None:
 
 # With masks their shapes depend on values, but those are refused while recording.
 _SHAPES_KNOWN = {torch.ops.aten.index.Tensor, torch.ops.aten.repeat_interleave.Tensor}
+_DRAWS_ELSEWHERE = "the computation draws from a generator of its own, which a replay would not seed again"
 _LOOKS = "the computation depends on the values of tensors in Python, which a replay would not look at again:"
 
 

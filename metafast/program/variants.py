@@ -20,8 +20,8 @@ def writing(
     if op in _COPIES:
         return functools.partial(outputs[0].copy_, args[0])
     variant = out_variant(op)
-    # What an operation is told not to compute has no output, but the overload wants one.
-    if variant is None or len(variant[1]) != len(outputs):
+    # What an operation is told not to compute has no output, but the overload wants one. Not every device has the overload.
+    if variant is None or len(variant[1]) != len(outputs) or not _runs_on(variant[0], outputs[0].device):
         return functools.partial(_computed_and_copied, op, args, kwargs, outputs)
     overload, names = variant
     return functools.partial(overload, *args, **kwargs, **dict(zip(names, outputs, strict=True)))
@@ -40,6 +40,10 @@ def out_variant(op: OpOverload) -> tuple[OpOverload, tuple[str, ...]] | None:
         if len(written) == len(op._schema.returns) and others == wanted:
             return overload, tuple(argument.name for argument in written)
     return None
+
+
+def _runs_on(op: OpOverload, device: torch.device) -> bool:
+    return torch._C._dispatch_has_computed_kernel_for_dispatch_key(op.name(), device.type.upper())
 
 
 def _computed_and_copied(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: list[Tensor]) -> None:
