@@ -66,7 +66,7 @@ def peak_memory(call: Callable[[], object], device: torch.device | str = "cpu") 
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
         call()
     allocations = [
         (event.start_ns(), event.nbytes())

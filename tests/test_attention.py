@@ -542,7 +542,7 @@ def test_fused_on_request_only_or_with_every_reason() -> None:
 
 def test_second_order_runs_each_pass_once() -> None:
     query, key, value, grad_out = (torch.randn(1, 2, 8, 4, requires_grad=True) for _ in range(4))
-    with torch.profiler.profile() as profile:
+    with torch.profiler.profile(acc_events=True) as profile:
         out = scaled_dot_product_attention(query, key, value, backend="fused")
         grads = torch.autograd.grad(out, (query, key, value), grad_out, create_graph=True)
         torch.autograd.grad(grads, (query, key, value, grad_out), [torch.ones_like(g) for g in grads])

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from metafast.backend import resolve_backend
+from metafast.backend import constant_when_compiled, resolve_backend
 from metafast.ops.attention import autograd, reference
 from metafast.ops.attention.validation import WindowSize, check_arguments, checked_window, reasons_against_fused
 
@@ -98,10 +98,16 @@ def _attention(
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """What torch's autocast does for its own op: floating inputs in its lower precision, float64 left alone."""
     device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not _has_autocast(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype in _AUTOCAST_FROM else x for x in tensors)
+
+
+@constant_when_compiled
+def _has_autocast(device: str) -> bool:
+    # Dynamo cannot trace torch's own function up to torch 2.11.
+    return torch.amp.is_autocast_available(device)
 
 
 _AUTOCAST_FROM = (torch.float16, torch.bfloat16, torch.float32)
