@@ -520,6 +520,15 @@ def test_what_capture_must_be():
         learner(capture="yes")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_cuda_graph_needs_a_gpu(draw):
+    meta = learner(cuda_graph=True)
+    with pytest.raises(
+        metafast.BackendUnavailableError, match="cuda_graph: expected the model on a CUDA device, got cpu"
+    ):
+        meta(draw(), draw())
+
+
 def test_old_programs_are_dropped(draw, recordings, monkeypatch):
     monkeypatch.setattr(capture_module, "KEPT", 2)
     meta = learner(steps=1)

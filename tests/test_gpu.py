@@ -80,3 +80,26 @@ def test_meta_gradient(order, generator):
     report = metafast.check(meta, support, query, backend="fused", rounds=1)
     assert report.error < 1e-4
     assert report.peak_bytes > 0
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_cuda_graph_replays_the_step(order, generator):
+    def loss_fn(model, batch):
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    model = EncoderClassifier(5, width=32, max_length=16).cuda()
+    options = {"inner": metafast.inner.SGD(lr=0.1), "steps": 2, "order": order, "reduction": "sum"}
+    graph, plain = (metafast.MAML(model, loss_fn, cuda_graph=on, **options) for on in (True, False))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        support, query = (
+            (torch.randint(1, 256, (4, 5, 16)).cuda(), torch.randint(0, 5, (4, 5)).cuda()) for _ in range(2)
+        )
+        found, expected = (
+            torch.autograd.grad(meta(support, query), list(model.parameters())) for meta in (graph, plain)
+        )
+        for value, exact in zip(found, expected, strict=True):
+            torch.testing.assert_close(value, exact, rtol=1e-5, atol=1e-6)
+        optimizer.zero_grad()
+        graph(support, query).backward()
+        optimizer.step()
