@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from metafast.backend import BackendUnavailableError
 from metafast.inner import Rule
 from metafast.meta.capture import Captured
+from metafast.meta.finite import check_finite, finite_tasks, not_finite
 from metafast.meta.inner_loop import Adapted, InnerLoop, Start
 from metafast.meta.memory import graphs_fit
 from metafast.meta.parameters import Selection, picked, split_parameters
@@ -385,37 +386,6 @@ def check_count(name: str, count: int, minimum: int = 0) -> int:
     if count < minimum:
         raise ValueError(f"{name}: expected at least {minimum}, got {count}")
     return count
-
-
-def finite_tasks(support_losses: Tensor, query_losses: Tensor | None) -> Tensor:
-    """Which tasks ``[T]`` have finite losses alone."""
-    finite = torch.isfinite(support_losses).all(0)
-    return finite if query_losses is None else finite & torch.isfinite(query_losses)
-
-
-def check_finite(support_losses: Tensor, query_losses: Tensor | None) -> None:
-    """One look after the whole inner loop, so that a GPU is waited for once; a loss that left the finite stays out.
-
-    Raises:
-        FloatingPointError: naming the first task and step.
-    """
-    if not finite_tasks(support_losses, query_losses).all():
-        raise FloatingPointError(not_finite(support_losses, query_losses)[0])
-
-
-def not_finite(support_losses: Tensor, query_losses: Tensor | None) -> list[str]:
-    """Where each task's losses left the finite, the earliest step first."""
-    found: dict[int, str] = {}
-    for step, task in (~torch.isfinite(support_losses)).nonzero().tolist():
-        value = support_losses[step, task].item()
-        found.setdefault(task, f"support loss: expected finite values, got {value} in task {task} at inner step {step}")
-    if query_losses is not None:
-        for (task,) in (~torch.isfinite(query_losses)).nonzero().tolist():
-            value = query_losses[task].item()
-            found.setdefault(
-                task, f"query loss: expected finite values, got {value} in task {task} after the last inner step"
-            )
-    return list(found.values())
 
 
 def _given(losses: Tensor | None) -> Tensor:
