@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from metafast.backend import requested_backend
 from metafast.inner import Rule
+from metafast.meta.surroundings import may_have_changed
 from metafast.program import NotRecordableError, Program
 
 logger = logging.getLogger("metafast")
@@ -64,7 +65,7 @@ class Captured:
                 before = {key: (own[key], own[key]._version) for key, _ in self._module.named_buffers()}
                 with _reparametrize_module(self._module, own, tie_weights=True):
                     result = function(*pytree.tree_unflatten(now, structure))
-                changed.extend(key for key, then in before.items() if _may_have_changed(own[key], *then))
+                changed.extend(key for key, then in before.items() if may_have_changed(own[key], *then))
                 return result, [own[key] for key in changed]
 
             self._programs[key] = self._recorded(name, run, inputs), changed
@@ -111,11 +112,6 @@ class Captured:
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles record their own."""
         return {"_module": self._module, "_programs": OrderedDict()}
-
-
-def _may_have_changed(buffer: Tensor, before: Tensor, version: int) -> bool:
-    # Batch norm's kernels write running statistics without a new version.
-    return buffer is not before or buffer._version != version or buffer.is_floating_point()
 
 
 def _module_settings(module: nn.Module) -> tuple[Any, ...]:

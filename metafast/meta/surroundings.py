@@ -64,10 +64,7 @@ class Buffers:
         self._kept = [
             (module, name, buffer, version, value)
             for module, name, buffer, version, value in self._kept
-            if module._buffers[name] is not buffer
-            or buffer._version != version
-            # Batch norm's kernels write running statistics without a new version.
-            or buffer.is_floating_point()
+            if may_have_changed(module._buffers[name], buffer, version)
         ]
 
     def restore(self) -> None:
@@ -89,3 +86,9 @@ class Buffers:
         finally:
             for module, name, buffer in now:
                 module._buffers[name] = buffer
+
+
+def may_have_changed(now: Tensor | None, before: Tensor, version: int) -> bool:
+    """Whether a buffer may differ from what it was: another tensor, or the same one since that version."""
+    # Batch norm's kernels write running statistics without a new version.
+    return now is not before or before._version != version or before.is_floating_point()

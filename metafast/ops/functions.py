@@ -54,6 +54,12 @@ def _batched_apply(function: type[Function], vmap: Any, inputs: tuple[Any, ...])
     )
 
 
+def save(ctx: Any, *tensors: Tensor | None) -> None:
+    """Keeps ``tensors`` for both modes of differentiation."""
+    ctx.save_for_backward(*tensors)
+    ctx.save_for_forward(*tensors)
+
+
 def batched(
     info: Any, in_dims: tuple[int | None, ...], inputs: tuple[Any, ...], unexpanded: tuple[int, ...] = ()
 ) -> list[Any]:
@@ -89,8 +95,8 @@ def is_forward_over_forward() -> bool:
     """
     if not torch._C._are_functorch_transforms_active():
         return False
-    stack = torch._C._functorch.get_interpreter_stack() or ()
-    return sum(level.key() == torch._C._functorch.TransformType.Jvp for level in stack) > 1
+    stack = _functorch.get_interpreter_stack() or ()
+    return sum(level.key() == _functorch.TransformType.Jvp for level in stack) > 1
 
 
 def has_cpu_kernels(*tensors: Tensor) -> bool:

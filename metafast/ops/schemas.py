@@ -7,13 +7,14 @@ from collections.abc import Sequence
 import torch
 
 
-def define_with_out(library: torch.library.Library, schema: str, outputs: int, tags: Sequence[torch.Tag] = ()) -> None:
+def define_with_out(library: torch.library.Library, schema: str, tags: Sequence[torch.Tag] = ()) -> None:
     """Defines an op, and its overload ``out`` that writes into given tensors ``out0``, ``out1``, … instead.
 
     A captured step (:mod:`metafast.program`) replays the second. Its outputs have the memory order of the first's.
     """
     library.define(schema, tags=tags)
     name, _, rest = schema.partition("(")
-    arguments, _, _ = rest.rpartition(") ->")
-    written = ", ".join(f"Tensor({letter}!) out{number}" for number, letter in enumerate("abcdefgh"[:outputs]))
+    arguments, _, results = rest.rpartition(") ->")
+    outputs = "abcdefgh"[: results.count("Tensor")]
+    written = ", ".join(f"Tensor({letter}!) out{number}" for number, letter in enumerate(outputs))
     library.define(f"{name}.out({arguments}, *, {written}) -> ()")

@@ -79,10 +79,11 @@ class _Build:
     """
 
     def __init__(self, module: fx.GraphModule, inputs: list[Tensor]) -> None:
-        self._module = module
         self._nodes = list(module.graph.nodes)
         self._aliases = Aliases(module.graph)
         self._constant: set[Root] = set()
+        # What is more than a view of memory that is known beforehand, or than a constant.
+        self._running = {node for node in self._nodes if self._runs(node)}
         self._values: dict[fx.Node, Any] = {}
         self._last_use = self._last_uses()
         # Calls that write over an argument of theirs.
@@ -106,7 +107,7 @@ class _Build:
                 self.outputs = pytree.tree_leaves(self._now(node.args[0]))
 
     def _runs(self, node: fx.Node) -> bool:
-        """Whether a node is more than a view of memory that is known beforehand, or than a constant."""
+        """Asked in the order of the graph, since a constant is made of constants."""
         if node.op != "call_function" or node.target is operator.getitem:
             return False
         if written_arguments(node):
@@ -115,21 +116,18 @@ class _Build:
 
     def _is_constant(self, node: fx.Node) -> bool:
         """Whether a call gives the same each time: nothing that it reads comes from an input, an attribute, or chance."""
-        roots = self._aliases.of(node)
-        if any(root in self._constant for root in roots):
-            return True
         if draws_random_numbers(node) or self._aliases.meets_writes(node):
             return False
         if node.target not in _SHAPED_LIKE and any(root not in self._constant for _, root in self._aliases.read(node)):
             return False
-        self._constant.update(roots)
+        self._constant.update(self._aliases.of(node))
         return True
 
     def _last_uses(self) -> dict[Root, int]:
         """The position of the last call that reads or writes each piece of memory."""
         last: dict[Root, int] = {}
         for position, node in enumerate(self._nodes):
-            if node.op == "output" or self._runs(node):
+            if node.op == "output" or node in self._running:
                 for _, root in self._aliases.read(node):
                     last[root] = position
                 if node.op != "output":
@@ -146,7 +144,7 @@ class _Build:
         for root, position in self._last_use.items():
             ending.setdefault(position, []).append(root)
         for position, node in enumerate(self._nodes):
-            if self._runs(node) and aliased_argument(node) is None:
+            if node in self._running and aliased_argument(node) is None:
                 over = self._overwritable(node, position, places)
                 for root, result in zip(self._aliases.of(node), results(node), strict=True):
                     sizes[root] = _bytes(result)
@@ -181,11 +179,11 @@ class _Build:
         if reshapes_in_place(node):
             # The argument's other uses, before, are of its shape then.
             return target(torch.ops.aten.alias(args[0]), *args[1:], **kwargs)
-        if not self._runs(node):
+        if node not in self._running:
             return target(*args, **kwargs)
-        if aliased_argument(node) is not None or not results(node):
+        base = aliased_argument(node)
+        if base is not None or not results(node):
             self.calls.append(functools.partial(target, *args, **kwargs))
-            base = aliased_argument(node)
             return None if base is None else self._values[base]
         outputs = (
             [self._values[self._over[node]]]

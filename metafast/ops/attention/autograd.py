@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from metafast.ops.attention.library import load_kernels
-from metafast.ops.functions import Function, all_batched, batched
+from metafast.ops.functions import Function, all_batched, batched, save
 
 _ops = torch.ops.metafast
 
@@ -64,7 +64,7 @@ class Attention(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         query, key, value, attn_mask, seeds, *ctx.numbers = inputs
         ctx.mark_non_differentiable(output[1])
-        _save(ctx, query, key, value, *output, attn_mask, seeds)
+        save(ctx, query, key, value, *output, attn_mask, seeds)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor, grad_statistics: Tensor) -> tuple[Tensor | None, ...]:
@@ -117,7 +117,7 @@ class AttentionBackward(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         tensors, (*ctx.numbers, ctx.by_mask) = inputs[:8], inputs[8:]
-        _save(ctx, *tensors)
+        save(ctx, *tensors)
 
     @staticmethod
     def backward(ctx: Any, *tangents: Tensor) -> tuple[Tensor | None, ...]:
@@ -176,7 +176,7 @@ class AttentionJvp(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.numbers = inputs[11:]
-        _save(ctx, *inputs[:11])
+        save(ctx, *inputs[:11])
 
     @staticmethod
     def backward(ctx: Any, grad_tangent: Tensor) -> tuple[Tensor | None, ...]:
@@ -261,11 +261,6 @@ def _raise_third_order() -> NoReturn:
     raise NotImplementedError(
         'metafast attention: the fused path is differentiable twice; for a third derivative use backend="reference"'
     )
-
-
-def _save(ctx: Any, *tensors: Tensor | None) -> None:
-    ctx.save_for_backward(*tensors)
-    ctx.save_for_forward(*tensors)
 
 
 def _saved_as_numbers(ctx: Any) -> tuple[Tensor | None, ...]:

@@ -24,13 +24,13 @@ _SAVED = f"{_INPUTS}, Tensor out, Tensor statistics"
 _TANGENTS = "Tensor tangent_query, Tensor tangent_key, Tensor tangent_value, Tensor? tangent_mask"
 _SECOND = f"Tensor grad_out, {_SAVED}, {_TANGENTS}, Tensor? tangent_grad_out, {_OPTIONS}"
 
-for _schema, _outputs in (
-    (f"attention_forward({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)", 2),
-    (f"attention_backward(Tensor grad_out, {_SAVED}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)", 3),
-    (f"attention_jvp({_SAVED}, {_TANGENTS}, {_OPTIONS}) -> Tensor", 1),
-    (f"attention_backward_jvp({_SECOND}) -> (Tensor, Tensor, Tensor, Tensor)", 4),
+for _schema in (
+    f"attention_forward({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)",
+    f"attention_backward(Tensor grad_out, {_SAVED}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    f"attention_jvp({_SAVED}, {_TANGENTS}, {_OPTIONS}) -> Tensor",
+    f"attention_backward_jvp({_SECOND}) -> (Tensor, Tensor, Tensor, Tensor)",
 ):
-    define_with_out(_library, _schema, _outputs, tags=(torch.Tag.pt2_compliant_tag,))
+    define_with_out(_library, _schema, tags=(torch.Tag.pt2_compliant_tag,))
 for _schema in (
     f"attention_mask_backward(Tensor grad_out, {_SAVED}, {_OPTIONS}) -> Tensor",
     f"attention_mask_backward_jvp({_SECOND}) -> Tensor",

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metafast.ops.functions import Function, batched, has_cpu_kernels
+from metafast.ops.functions import Function, batched, has_cpu_kernels, save
 from metafast.ops.gelu import library as _library  # noqa: F401 - defines the op
 from metafast.ops.gelu.reference import first_derivative, second_derivative
 
@@ -33,8 +33,7 @@ class _Gelu(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
+        save(ctx, *inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
@@ -57,8 +56,7 @@ class _GeluBackward(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
+        save(ctx, *inputs)
 
     @staticmethod
     def backward(ctx: Any, tangent: Tensor) -> tuple[Tensor, Tensor]:

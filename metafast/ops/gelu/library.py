@@ -8,8 +8,8 @@ from torch import Tensor
 from metafast.ops.schemas import define_with_out
 
 _library = torch.library.Library("metafast", "FRAGMENT")
-define_with_out(_library, "gelu_backward(Tensor grad, Tensor input) -> Tensor", 1)
-define_with_out(_library, "gelu_double_backward(Tensor grad, Tensor input, Tensor tangent) -> (Tensor, Tensor)", 2)
+define_with_out(_library, "gelu_backward(Tensor grad, Tensor input) -> Tensor")
+define_with_out(_library, "gelu_double_backward(Tensor grad, Tensor input, Tensor tangent) -> (Tensor, Tensor)")
 
 
 @torch.library.register_fake("metafast::gelu_backward", lib=_library)

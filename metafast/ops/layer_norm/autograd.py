@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metafast.ops.functions import Function, all_batched, batched, has_cpu_kernels
+from metafast.ops.functions import Function, all_batched, batched, has_cpu_kernels, save
 from metafast.ops.layer_norm import library as _library  # noqa: F401 - defines the ops
 from metafast.ops.layer_norm import reference
 
@@ -56,7 +56,7 @@ class _LayerNorm(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         input, weight, _, ctx.eps = inputs
         ctx.mark_non_differentiable(output[1])
-        _save(ctx, input, weight, output[1])
+        save(ctx, input, weight, output[1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_statistics: Tensor) -> tuple[Tensor | None, ...]:
@@ -86,7 +86,7 @@ class _LayerNormBackward(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *tensors, ctx.eps = inputs
-        _save(ctx, *tensors)
+        save(ctx, *tensors)
 
     @staticmethod
     def backward(
@@ -126,8 +126,3 @@ def _rows(tensor: Tensor, weight: Tensor) -> Tensor:
 def _weights(weight: Tensor) -> Tensor:
     """``[*tasks, C]`` as the kernels take it: ``[T, C]``."""
     return weight.reshape(math.prod(weight.shape[:-1]), weight.shape[-1])
-
-
-def _save(ctx: Any, *tensors: Tensor) -> None:
-    ctx.save_for_backward(*tensors)
-    ctx.save_for_forward(*tensors)

@@ -10,19 +10,13 @@ from torch import Tensor
 from metafast.ops.schemas import define_with_out
 
 _library = torch.library.Library("metafast", "FRAGMENT")
-for _schema, _outputs in (
-    ("layer_norm_forward(Tensor input, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor)", 2),
-    (
-        "layer_norm_backward(Tensor grad, Tensor input, Tensor weight, Tensor statistics) -> (Tensor, Tensor, Tensor)",
-        3,
-    ),
-    (
-        "layer_norm_backward_jvp(Tensor grad, Tensor input, Tensor weight, Tensor statistics, Tensor tangent_input, "
-        "Tensor tangent_weight, Tensor tangent_bias) -> (Tensor, Tensor, Tensor)",
-        3,
-    ),
+for _schema in (
+    "layer_norm_forward(Tensor input, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor)",
+    "layer_norm_backward(Tensor grad, Tensor input, Tensor weight, Tensor statistics) -> (Tensor, Tensor, Tensor)",
+    "layer_norm_backward_jvp(Tensor grad, Tensor input, Tensor weight, Tensor statistics, Tensor tangent_input, "
+    "Tensor tangent_weight, Tensor tangent_bias) -> (Tensor, Tensor, Tensor)",
 ):
-    define_with_out(_library, _schema, _outputs)
+    define_with_out(_library, _schema)
 
 
 @torch.library.register_fake("metafast::layer_norm_forward", lib=_library)

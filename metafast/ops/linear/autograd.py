@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metafast.ops.functions import Function, is_forward_over_forward
+from metafast.ops.functions import Function, is_forward_over_forward, save
 
 _torch_linear = torch.nn.functional.linear
 
@@ -37,8 +37,7 @@ class _Linear(Function):
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
         input, weight, bias = inputs
         ctx.has_bias = bias is not None
-        ctx.save_for_backward(input, weight)
-        ctx.save_for_forward(input, weight)
+        save(ctx, input, weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
