@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypedDict
 
 import torch
@@ -219,10 +220,7 @@ class MetaLearner(nn.Module):
             return self._loop(order=1)(start, support, tasks, steps), start.shared
 
         with torch.no_grad(), Buffers(self.model).scratch():
-            if self.capture:
-                (params, losses), shared = self._captured(f"adapt {steps}", adapted, support, update_buffers=False)
-            else:
-                (params, losses), shared = adapted(support)
+            (params, losses), shared = self._computed(f"adapt {steps}", adapted, support, update_buffers=False)
         check_finite(losses, None)
         params, shared = ({name: p.detach() for name, p in own.items()} for own in (params, shared))
         return self._learners(params, shared)
@@ -339,24 +337,28 @@ class MetaLearner(nn.Module):
     def _with_gradients(self, support: Any, query: Any, weights: Tensor) -> tuple[Tensor, list[Tensor | None], Run]:
         """The weighted sum of losses, without a graph, and its gradients by :meth:`_trained`."""
 
-        def computed(support: Any, query: Any, weights: Tensor) -> tuple[Tensor, list[Tensor | None], Run]:
+        def step(support: Any, query: Any, weights: Tensor) -> tuple[Tensor, list[Tensor | None], Run]:
             total, run = self._weighted(support, query, weights)
             params = self._trained()
             if not total.requires_grad:
                 return total, [None] * len(params), run
             return total.detach(), list(torch.autograd.grad(total, params, allow_unused=True)), run
 
+        if self.capture and self.checkpoint == "auto":
+            # Looks at the memory that is free, so not while recording. A start may run the model.
+            with Surroundings(self.device, self.model).replayed():
+                self._rebuilds(self._start(support), support, len(weights))
+        return self._computed("step", step, support, query, weights)
+
+    def _computed(self, name: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """``function(*arguments)``, replayed where ``capture`` says so, with the options of :class:`Captured`."""
         if not self.capture:
-            return computed(support, query, weights)
+            return function(*arguments)
         if self.cuda_graph and self.device.type != "cuda":
             raise BackendUnavailableError(
                 f"cuda_graph: expected the model on a CUDA device, got {self.device}; capture=True replays anywhere"
             )
-        if self.checkpoint == "auto":
-            # Looks at the memory that is free, so not while recording. A start may run the model.
-            with Surroundings(self.device, self.model).replayed():
-                self._rebuilds(self._start(support), support, len(weights))
-        return self._captured("step", computed, support, query, weights)
+        return self._captured(name, function, *arguments, **options)
 
     def _weighted(self, support: Any, query: Any, weights: Tensor) -> tuple[Tensor, Run]:
         run = self._run(support, query, len(weights))

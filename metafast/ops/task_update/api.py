@@ -19,6 +19,7 @@ from metafast.ops.task_update.validation import (
     arranged,
     check_tensors,
     reasons_against_fused,
+    values,
 )
 
 __all__ = ["task_update"]
@@ -77,8 +78,8 @@ def task_update(
             raise
     if not all(found.updated):
         before = [
-            _values(params, params),
-            *(_values(state[n], params) if state else [None] * len(params) for n in names),
+            values(params, params),
+            *(values(state[n], params) if state else [None] * len(params) for n in names),
         ]
         results = tuple(_merged(new, old, found.updated) for new, old in zip(results, before, strict=True))
     named = zip(names, results[1:], strict=True)
@@ -89,19 +90,18 @@ def _results(
     rule: Rule, arguments: Arguments, step: int, inplace: bool, backend: str | None
 ) -> tuple[list[Tensor], ...]:
     groups = arguments.groups
-    if not groups[1]:  # all are frozen
+    olds = (groups[0], *groups[2:-2])
+    some = bool(groups[1])  # are not frozen
+    fused = some and resolve_backend("task_update", backend, reasons_against_fused(groups[0][0].device)) == "fused"
+    over = inplace and fused and all(tensor.is_contiguous() for old in olds for tensor in old)
+    recorded = over and torch.is_grad_enabled() and any(tensor.requires_grad for old in olds for tensor in old)
+    # Kernels that run here and now look at each tensor themselves, but not at what autograd would lose.
+    if not fused or torch._C._are_functorch_transforms_active() or inplace != over or recorded:
         check_tensors(rule, arguments, inplace)
+    if not some:
         return tuple([] for _ in range(1 + len(rule.state_names)))
-    fused = resolve_backend("task_update", backend, reasons_against_fused(groups[0][0].device)) == "fused"
-    # Kernels that run here and now look at each tensor themselves.
-    if not fused or torch._C._are_functorch_transforms_active():
-        check_tensors(rule, arguments, inplace)
     if not inplace:
         return (autograd.update if fused else reference.update)(rule, _with_clipped(rule, groups), step)
-    olds = (groups[0], *groups[2:-2])
-    over = fused and all(tensor.is_contiguous() for old in olds for tensor in old)
-    if not over or (torch.is_grad_enabled() and any(tensor.requires_grad for old in olds for tensor in old)):
-        check_tensors(rule, arguments, inplace)
     with torch.no_grad():
         if over:
             return library.update_in_place(rule, _with_clipped(rule, groups), step)
@@ -125,10 +125,6 @@ def _copied(old: list[Tensor], new: list[Tensor]) -> list[Tensor]:
 def _merged(new: list[Tensor], old: Any, updated: list[bool]) -> list[Tensor]:
     remaining = iter(new)
     return [next(remaining) if is_new else before for is_new, before in zip(updated, old, strict=True)]
-
-
-def _values(tensors: Any, like: Any) -> list[Any]:
-    return list(tensors) if isinstance(like, (list, tuple)) else [tensors[key] for key in like]
 
 
 def _contained(tensors: list[Tensor], like: Any) -> Any:

@@ -12,7 +12,7 @@ from metafast import backend
 from metafast.inner import Rule
 from metafast.ops.task_update import library
 
-__all__ = ["Arguments", "Tensors", "arranged", "check_tensors", "reasons_against_fused"]
+__all__ = ["Arguments", "Tensors", "arranged", "check_tensors", "reasons_against_fused", "values"]
 
 Tensors: TypeAlias = Sequence[Tensor] | Mapping[str, Tensor]
 SomeTensors: TypeAlias = Sequence[Tensor | None] | Mapping[str, Tensor | None]
@@ -78,7 +78,7 @@ def check_tensors(rule: Rule, arguments: Arguments, inplace: bool) -> None:
         *(f"rates[{n!r}]" for n in rule.rate_names),
     ]
     keys: Labels = list(params) if isinstance(params, Mapping) else list(range(len(params)))
-    _check_are_tensors("params", keys, _values(params, params))
+    _check_are_tensors("params", keys, values(params, params))
     labels: Labels = _picked(keys, updated)
     for name, group in zip(names, groups, strict=True):
         _check_are_tensors(name, labels, group)
@@ -133,7 +133,7 @@ def _listed(name: str, tensors: SomeTensors, like: Tensors) -> list[Any]:
     elif tensors.keys() != like.keys():
         differing = sorted(map(str, tensors.keys() ^ like.keys()))
         raise ValueError(f"{name}: expected the keys of params, got others or too few: {', '.join(differing)}")
-    return _values(tensors, like)
+    return values(tensors, like)
 
 
 def _state_groups(rule: Rule, params: Tensors, state: Mapping[str, SomeTensors] | None, step: int) -> list[list[Any]]:
@@ -229,7 +229,8 @@ def _type(value: object) -> str:
     return type(value).__name__
 
 
-def _values(tensors: Any, like: Tensors) -> list[Any]:
+def values(tensors: Any, like: Tensors) -> list[Any]:
+    """What is in a container of the kind of ``like``, in its order."""
     return list(tensors) if isinstance(tensors, (list, tuple)) else [tensors[key] for key in like]
 
 
