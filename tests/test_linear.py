@@ -50,13 +50,58 @@ def test_transforms(name: str, generator: torch.Generator) -> None:
         assert relative_error(a, b) < 1e-13
 
 
-def test_second_order_by_autograd_beneath_vmap(generator: torch.Generator) -> None:
+ADAPTED = {"all": (0, 1, 2), "no bias": (0, 1), "weight": (1,), "bias": (2,), "input": (0,), "weight and bias": (1, 2)}
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+def test_second_order_by_autograd_beneath_vmap(name: str, generator: torch.Generator) -> None:
     """As the inner loop does it: vmap over the forward alone, ordinary autograd on what that recorded."""
     inputs = draw(generator, (3, 2, 4, 5), (3, 6, 5), (3, 6))
     results = []
     for function in (linear, F.linear):
-        leaves = [x.clone().requires_grad_() for x in inputs]
-        first = torch.autograd.grad(vmap(loss(function))(*leaves).sum(), leaves, create_graph=True)
-        results.append((*first, *torch.autograd.grad(sum(g.pow(2).sum() for g in first), leaves)))
-    for a, b in zip(*results, strict=True):
-        assert relative_error(a, b) < 1e-13
+        leaves = [x.clone().requires_grad_(i in ADAPTED[name]) for i, x in enumerate(inputs)]
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        first = torch.autograd.grad(vmap(loss(function))(*leaves).sum(), wanted, create_graph=True)
+        for seconds in (first, first[:1], first[-1:]):
+            total = sum(g.pow(2).sum() for g in seconds)
+            results.append((*first, *torch.autograd.grad(total, wanted, retain_graph=True)))
+    for found, expected in zip(results[:3], results[3:], strict=True):
+        for a, b in zip(found, expected, strict=True):
+            assert relative_error(a, b) < 1e-13
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_gradients_to_third_order_beneath_vmap(has_bias: bool, generator: torch.Generator) -> None:
+    inputs = [x.requires_grad_() for x in draw(generator, (2, 2, 3), (2, 2, 3), (2, 2))[: 2 + has_bias]]
+
+    def function(*leaves: torch.Tensor) -> torch.Tensor:
+        return vmap(linear)(*leaves).tanh()
+
+    def gradient(*leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        # Checks of forward mode call it without gradients.
+        leaves = tuple(x if x.requires_grad else x.requires_grad_() for x in leaves)
+        return torch.autograd.grad(function(*leaves).pow(2).sum(), leaves, create_graph=True)
+
+    assert torch.autograd.gradcheck(function, inputs, check_forward_ad=True, check_batched_grad=True)
+    assert torch.autograd.gradcheck(gradient, inputs, check_forward_ad=True, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(gradient, inputs, check_batched_grad=True)
+
+
+def test_autocast(generator: torch.Generator) -> None:
+    """Beneath vmap: types and numbers of torch's own, a task after the other, to second order. (Its vmap does not cast.)"""
+
+    def loop(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return torch.stack([F.linear(*one) for one in zip(x, w, b, strict=True)])
+
+    results = []
+    for function in (vmap(linear), loop):
+        generator.manual_seed(0)
+        x, w, b = (t.float().requires_grad_() for t in draw(generator, (3, 2, 4, 5), (3, 6, 5), (3, 6)))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = function(x, w, b)
+            assert out.dtype == torch.bfloat16
+            first = torch.autograd.grad(out.float().pow(2).sum(), (x, w, b), create_graph=True)
+        results.append((out, *first, *torch.autograd.grad(sum(g.pow(2).sum() for g in first), (x, w, b))))
+    for a, expected in zip(*results, strict=True):
+        assert a.dtype == expected.dtype
+        assert relative_error(a, expected) < 2e-2

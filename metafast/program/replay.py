@@ -160,15 +160,20 @@ class _Build:
         return places, arena.size
 
     def _overwritable(self, node: fx.Node, position: int, places: dict[Root, int]) -> fx.Node | None:
-        """An argument that an elementwise call may write its result over, in memory that nobody reads afterwards."""
-        if torch.Tag.pointwise not in getattr(node.target, "tags", ()) or len(results(node)) != 1:
+        """An argument that a call may write its result over, in memory that nobody reads afterwards.
+
+        An elementwise call may with any of its arguments, a product that is added to something with that.
+        """
+        pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
+        if len(results(node)) != 1 or not (pointwise or node.target is torch.ops.aten.baddbmm.default):
             return None
         (result,) = results(node)
         read = list(self._aliases.read(node))
         for value, root in read:
             whole = root in places and _bytes(results(root.node)[root.index]) == _bytes(result)
             views = {_layout(results(other)[0]) for other, of in read if of == root}
-            if whole and self._last_use[root] == position and views == {_layout(result)}:
+            allowed = pointwise or (value is node.args[0] and [of for _, of in read].count(root) == 1)
+            if allowed and whole and self._last_use[root] == position and views == {_layout(result)}:
                 return value
         return None
 

@@ -1,7 +1,8 @@
-"""The batching rule. Beneath it are torch's own products, so derivatives of any order are torch's."""
+"""The batching rule, and the derivatives of what it computes; formulas in README.md."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -64,9 +65,110 @@ class _Linear(Function):
             input = input.expand(tasks, *input.shape)
         weight = weight.expand(tasks, *weight.shape) if weight_dim is None else weight.movedim(weight_dim, 0)
         rows = input.reshape(tasks, -1, input.shape[-1])
-        if bias is None:
-            out = torch.bmm(rows, weight.mT)
-        else:
+        if bias is not None:
             bias = bias.expand(tasks, *bias.shape) if bias_dim is None else bias.movedim(bias_dim, 0)
-            out = torch.baddbmm(bias.unsqueeze(1), rows, weight.mT)
+        out = linear_of_tasks(rows, weight, bias)
         return out.reshape(*input.shape[:-1], out.shape[-1]), 0
+
+
+def linear_of_tasks(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``rows @ weight.mT + bias`` for ``[T, rows, in]``, ``[T, out, in]`` and ``[T, out]``."""
+    if torch._C._are_functorch_transforms_active():
+        return _product(rows, weight, bias)
+    # Here, where autograd can still follow, and not beneath it: the Functions would see none of the casts.
+    rows, weight = _as_autocast(rows), _as_autocast(weight)
+    return _TasksLinear.apply(rows, weight, None if bias is None else _as_autocast(bias))
+
+
+def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if bias is None:
+        return torch.bmm(rows, weight.mT)
+    return torch.baddbmm(bias.unsqueeze(1), rows, weight.mT)
+
+
+def _as_autocast(tensor: Tensor) -> Tensor:
+    """As autocast would hand it to a matrix product."""
+    kind = tensor.device.type
+    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(kind))
+
+
+class _TasksLinear(Function):
+    @staticmethod
+    def forward(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return _product(rows, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+        save(ctx, *inputs[:2])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight = ctx.saved_tensors
+        if torch._C._are_functorch_transforms_active():
+            # A batch of gradients (is_grads_batched).
+            return _gradients(grad, rows, weight, ctx.needs_input_grad)
+        return _TasksLinearBackward.apply(grad, rows, weight, ctx.needs_input_grad)
+
+    @staticmethod
+    def jvp(ctx: Any, rows_tangent: Tensor, weight_tangent: Tensor, bias_tangent: Tensor | None) -> Tensor | None:
+        rows, weight = ctx.saved_tensors
+        start = None if bias_tangent is None else bias_tangent.unsqueeze(1)
+        return _sum(start, (rows_tangent, weight.mT), (rows, weight_tangent.mT))
+
+
+class _TasksLinearBackward(Function):
+    """The gradients as one operation: what the product before it hears back from all of them is one sum of products then,
+    where torch would form each and add them up."""
+
+    @staticmethod
+    def forward(grad: Tensor, rows: Tensor, weight: Tensor, needed: Sequence[bool]) -> tuple[Tensor | None, ...]:
+        return _gradients(grad, rows, weight, needed)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+        ctx.set_materialize_grads(False)
+        save(ctx, *inputs[:3])
+
+    @staticmethod
+    def backward(
+        ctx: Any, by_rows: Tensor | None, by_weight: Tensor | None, by_bias: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        grad, rows, weight = ctx.saved_tensors
+        start = None if by_bias is None else by_bias.unsqueeze(1).expand_as(grad)
+        pairs = ((by_rows, weight.mT), (rows, None if by_weight is None else by_weight.mT))
+        return (
+            _sum(start, *pairs) if ctx.needs_input_grad[0] else None,
+            torch.bmm(grad, by_weight) if by_weight is not None and ctx.needs_input_grad[1] else None,
+            torch.bmm(grad.mT, by_rows) if by_rows is not None and ctx.needs_input_grad[2] else None,
+            None,
+        )
+
+    @staticmethod
+    def jvp(
+        ctx: Any, by_grad: Tensor | None, by_rows: Tensor | None, by_weight: Tensor | None, _: None
+    ) -> tuple[Tensor | None, ...]:
+        grad, rows, weight = ctx.saved_tensors
+        return (
+            _sum(None, (by_grad, weight), (grad, by_weight)),
+            _sum(None, (None if by_grad is None else by_grad.mT, rows), (grad.mT, by_rows)),
+            None if by_grad is None else by_grad.sum(1),
+        )
+
+
+def _gradients(grad: Tensor, rows: Tensor, weight: Tensor, needed: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    return (
+        torch.bmm(grad, weight) if needed[0] else None,
+        torch.bmm(grad.mT, rows) if needed[1] else None,
+        grad.sum(1) if needed[2] else None,
+    )
+
+
+def _sum(start: Tensor | None, *pairs: tuple[Tensor | None, Tensor | None]) -> Tensor | None:
+    """``start`` and the product of each pair, of those that there are."""
+    total = start
+    for left, right in pairs:
+        if left is not None and right is not None:
+            total = torch.bmm(left, right) if total is None else torch.baddbmm(total, left, right)
+    return total
