@@ -6,7 +6,9 @@
     P = softmax(S),  D = rowsum(dO * O),  dS = P * (keep * dO V^T - D),  dQ = s dS K,  dK = s dS^T Q,  dV = (keep * P)^T dO
 
 where dropout's keep is 0 or 1 / (1 - its probability).
-The first kernel leaves D for the second (Dao, FlashAttention-2, arXiv 2307.08691, algorithm 2, split in two).
+The first kernel leaves D for the second (Dao, FlashAttention-2, arXiv 2307.08691, algorithm 2, split in two). It sees whole
+rows, and in float32 corrects D by what its rows of dS sum to instead of zero: rowsum(dO * O) is not rounded as dP is. In a
+half type that sum is mostly the rounding of each dS, and says nothing of D.
 """
 
 import triton
@@ -71,8 +73,10 @@ def backward_query_kernel(
     g = load_tile(grad_out, batch, head, first_query, n_queries, QUERY_BLOCK, VALUE_DIM, VALUE_BLOCK)
     o = load_tile(out, batch, head, first_query, n_queries, QUERY_BLOCK, VALUE_DIM, VALUE_BLOCK)
     d = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
-    store_statistic(delta, batch, head, heads, first_query, n_queries, d, QUERY_BLOCK)
-    largest, log_total = load_softmax(statistics, mask, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
+    if q.dtype != tl.float32:
+        # Not at the end, where the other dtype's is: it would cost registers.
+        store_statistic(delta, batch, head, heads, first_query, n_queries, d, QUERY_BLOCK)
+    largest, log_total = load_softmax(statistics, query, mask, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
     gradient = tl.zeros([QUERY_BLOCK, HEAD_BLOCK], dtype=tl.float32)
     excess = tl.zeros([QUERY_BLOCK], dtype=tl.float32)
     for first_key in range(start, end, KEY_BLOCK):
@@ -93,6 +97,8 @@ def backward_query_kernel(
     offset = mean_of_first_rows(key, batch, kv_head, n_keys, KEY_BLOCK, HEAD_DIM, HEAD_BLOCK)
     gradient = scale * (gradient - excess[:, None] * offset[None, :])
     store_tile(grad_query, batch, head, first_query, n_queries, gradient, QUERY_BLOCK, HEAD_DIM, HEAD_BLOCK)
+    if q.dtype == tl.float32:
+        store_statistic(delta, batch, head, heads, first_query, n_queries, d + excess, QUERY_BLOCK)
 
 
 @triton.jit(do_not_specialize=["n_queries", "heads"])
@@ -140,7 +146,9 @@ def backward_key_kernel(
         first_query = (first_block + index % n_blocks) * QUERY_BLOCK
         q = load_tile(query, batch, head, first_query, n_queries, QUERY_BLOCK, HEAD_DIM, HEAD_BLOCK)
         g = load_tile(grad_out, batch, head, first_query, n_queries, QUERY_BLOCK, VALUE_DIM, VALUE_BLOCK)
-        largest, log_total = load_softmax(statistics, mask, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
+        largest, log_total = load_softmax(
+            statistics, query, mask, batch, head, heads, first_query, n_queries, QUERY_BLOCK
+        )
         d = load_statistic(delta, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)
         s = mask_scores(s, mask, mask_start, window, head, rows, columns, first_query, first_key, n_queries, n_keys)

@@ -92,9 +92,10 @@ def backward_jvp_query_kernel(
     if tangent_grad_out is not None:
         tg = load_tile(tangent_grad_out, batch, head, first_query, n_queries, QUERY_BLOCK, VALUE_DIM, VALUE_BLOCK)
         td += tl.sum(tg.to(tl.float32) * o.to(tl.float32), 1)
-    store_statistic(delta, batch, head, heads, first_query, n_queries, d, QUERY_BLOCK)
-    store_statistic(tangent_delta, batch, head, heads, first_query, n_queries, td, QUERY_BLOCK)
-    largest, log_total = load_softmax(statistics, mask, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
+    if q.dtype != tl.float32:
+        store_statistic(delta, batch, head, heads, first_query, n_queries, d, QUERY_BLOCK)
+        store_statistic(tangent_delta, batch, head, heads, first_query, n_queries, td, QUERY_BLOCK)
+    largest, log_total = load_softmax(statistics, query, mask, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
     mean = load_statistic(mu, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
     gradient = tl.zeros([QUERY_BLOCK, HEAD_BLOCK], dtype=tl.float32)
     excess = tl.zeros([QUERY_BLOCK], dtype=tl.float32)
@@ -144,6 +145,9 @@ def backward_jvp_query_kernel(
     store_tile(
         tangent_grad_query, batch, head, first_query, n_queries, scale * gradient, QUERY_BLOCK, HEAD_DIM, HEAD_BLOCK
     )
+    if q.dtype == tl.float32:
+        store_statistic(delta, batch, head, heads, first_query, n_queries, d + excess, QUERY_BLOCK)
+        store_statistic(tangent_delta, batch, head, heads, first_query, n_queries, td + tangent_excess, QUERY_BLOCK)
 
 
 @triton.jit(do_not_specialize=["n_queries", "heads"])
@@ -202,7 +206,9 @@ def backward_jvp_key_kernel(
         q = load_tile(query, batch, head, first_query, n_queries, QUERY_BLOCK, HEAD_DIM, HEAD_BLOCK)
         tq = load_tile(tangent_query, batch, head, first_query, n_queries, QUERY_BLOCK, HEAD_DIM, HEAD_BLOCK)
         g = load_tile(grad_out, batch, head, first_query, n_queries, QUERY_BLOCK, VALUE_DIM, VALUE_BLOCK)
-        largest, log_total = load_softmax(statistics, mask, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
+        largest, log_total = load_softmax(
+            statistics, query, mask, batch, head, heads, first_query, n_queries, QUERY_BLOCK
+        )
         mean = load_statistic(mu, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
         d = load_statistic(delta, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
         td = load_statistic(tangent_delta, batch, head, heads, first_query, n_queries, QUERY_BLOCK)

@@ -177,16 +177,16 @@ def store_statistic(pointer, batch, head, heads, first, n_queries, values, ROWS:
 
 
 @triton.jit
-def load_softmax(statistics, mask, batch, head, heads, first, n_queries, ROWS: tl.constexpr):
+def load_softmax(statistics, query, mask, batch, head, heads, first, n_queries, ROWS: tl.constexpr):
     """What to subtract from the rows' scores before exp2, in two steps: their maximum, log2 of the sum of exp2(score - it).
 
-    The first is +inf for rows that may attend to nothing and outside, so that their weights are zero. Only an additive
-    mask needs two steps; without one the first is the whole, which saves registers, and the second a constant.
+    The first is +inf for rows that may attend to nothing and outside, so that their weights are zero. A half type does
+    not need two steps unless a mask is added; the first is then the whole, which saves registers, and the second a constant.
     """
     pointers, inside = statistic_of(statistics, batch, head, heads, first, n_queries, ROWS, 2)
     pairs = tl.load(pointers[:, None] + tl.arange(0, 2)[None, :], mask=inside[:, None], other=float("inf"))
     largest, log_total = tl.split(pairs)
-    if is_additive(mask.pointer):
+    if is_additive(mask.pointer) or query.pointer.dtype.element_ty == tl.float32:
         return largest, log_total
     else:  # noqa: RET505 - Triton would compile what follows a return too
         return largest + log_total, tl.zeros([ROWS], dtype=tl.float32)
@@ -196,7 +196,8 @@ def load_softmax(statistics, mask, batch, head, heads, first, n_queries, ROWS: t
 def store_softmax(statistics, batch, head, heads, first, n_queries, largest, log_total, ROWS: tl.constexpr):
     """Writes what ``load_softmax`` reads.
 
-    Two numbers, not their sum: next to the lowest number that a mask can add, the sum would round the second away.
+    Two numbers, not their sum: that is rounded as coarsely as the largest score is large, and the weights of a row then sum
+    to something else than 1; next to the lowest number that a mask can add, the second would be rounded away.
     """
     pointers, inside = statistic_of(statistics, batch, head, heads, first, n_queries, ROWS, 2)
     tl.store(pointers, largest, mask=inside)

@@ -72,10 +72,11 @@ def jvp_kernel(
 
     q = load_tile(query, batch, head, first_query, n_queries, QUERY_BLOCK, HEAD_DIM, HEAD_BLOCK)
     tq = load_tile(tangent_query, batch, head, first_query, n_queries, QUERY_BLOCK, HEAD_DIM, HEAD_BLOCK)
-    largest, log_total = load_softmax(statistics, mask, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
+    largest, log_total = load_softmax(statistics, query, mask, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
 
     # A number a row may be taken from Ṡ, since mu absorbs it: without the part that comes from the keys' common offset,
-    # rounding P * Ṡ does not lose what remains.
+    # rounding P * Ṡ does not lose what remains. In the loop the mean over the first block is taken out too: next to mu O
+    # the products with P * Ṡ would cancel, in rows that attend to few keys nearly all of them.
     offset = mean_of_first_rows(key, batch, kv_head, n_keys, KEY_BLOCK, HEAD_DIM, HEAD_BLOCK)
     tangent_offset = mean_of_first_rows(tangent_key, batch, kv_head, n_keys, KEY_BLOCK, HEAD_DIM, HEAD_BLOCK)
     common = tq.to(tl.float32) * offset[None, :] + q.to(tl.float32) * tangent_offset[None, :]
@@ -104,6 +105,11 @@ def jvp_kernel(
                 n_queries,
                 n_keys,
             ).to(tl.float32)
+        if first_key == start:
+            seen = tl.sum(p, 1)
+            centre = tl.sum(p * ts, 1) / tl.where(seen == 0.0, 1.0, seen)
+            common += centre
+            ts -= centre[:, None]
         pts = p * ts
         mean += tl.sum(pts, 1)
         if dropout.seeds is not None:

@@ -202,7 +202,9 @@ def mask_backward_kernel(
         k = load_tile(key, batch, kv_head, first_key, n_keys, KEY_BLOCK, HEAD_DIM, HEAD_BLOCK)
         g = load_tile(grad_out, batch, head, first_query, n_queries, QUERY_BLOCK, VALUE_DIM, VALUE_BLOCK)
         v = load_tile(value, batch, kv_head, first_key, n_keys, KEY_BLOCK, VALUE_DIM, VALUE_BLOCK)
-        largest, log_total = load_softmax(statistics, mask, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
+        largest, log_total = load_softmax(
+            statistics, query, mask, batch, head, heads, first_query, n_queries, QUERY_BLOCK
+        )
         d = load_statistic(delta, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
         s = mask_scores(s, mask, mask_start, window, head, rows, columns, first_query, first_key, n_queries, n_keys)
@@ -268,7 +270,9 @@ def mask_backward_jvp_kernel(
         tq = load_tile(tangent_query, batch, head, first_query, n_queries, QUERY_BLOCK, HEAD_DIM, HEAD_BLOCK)
         k = load_tile(key, batch, kv_head, first_key, n_keys, KEY_BLOCK, HEAD_DIM, HEAD_BLOCK)
         tk = load_tile(tangent_key, batch, kv_head, first_key, n_keys, KEY_BLOCK, HEAD_DIM, HEAD_BLOCK)
-        largest, log_total = load_softmax(statistics, mask, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
+        largest, log_total = load_softmax(
+            statistics, query, mask, batch, head, heads, first_query, n_queries, QUERY_BLOCK
+        )
         mean = load_statistic(mu, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
         d = load_statistic(delta, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
         td = load_statistic(tangent_delta, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
