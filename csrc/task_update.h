@@ -167,53 +167,45 @@ class Planner {
     for (auto& item : plan_.items) item.in[input].from = From::last_task;
   }
 
-  // New tensors [T, *shape]; [*shape], the sum over tasks, for the items that `shared` marks.
-  Tensors write(int output, const std::vector<bool>& shared = {}) {
+  // Tensors [T, *shape]; [*shape], the sum over tasks, for the items that `shared` marks. New ones, or those of `over`:
+  // nothing is returned then.
+  Tensors write(int output, const Tensors* over = nullptr, const std::vector<bool>& shared = {}) {
     Tensors made;
-    made.reserve(like_.size());
+    if (over) check_count(*over);
+    else made.reserve(like_.size());
     for (size_t i = 0; i < like_.size(); ++i) {
       const bool sum = !shared.empty() && shared[i];
-      const auto sizes = like_[i].sizes();
-      made.push_back(empty(sizes.data() + sum, int64_t(sizes.size()) - sum, plan_.items[i].type, like_[i]));
-      plan_.items[i].out[output] = {sum ? Keep::task_sum : Keep::each_task, -1, made.back().data_ptr(), true};
+      if (over) {
+        const Tensor& old = (*over)[i];
+        STD_TORCH_CHECK(
+            has_shape(old, i, sum ? Shape::all_tasks : Shape::each_task) && has_type(old, i) && old.is_contiguous(),
+            "task_update: expected contiguous tensors of the gradients' shapes and types to write over");
+      } else {
+        const auto sizes = like_[i].sizes();
+        made.push_back(empty(sizes.data() + sum, int64_t(sizes.size()) - sum, plan_.items[i].type, like_[i]));
+      }
+      void* const data = (over ? (*over)[i] : made[i]).data_ptr();
+      plan_.items[i].out[output] = {sum ? Keep::task_sum : Keep::each_task, -1, data, !over};
     }
     return made;
   }
 
-  // As `write`, or over `old` where there are tensors to write over: nothing new is made then.
-  Tensors write(int output, const Tensors& old, bool in_place) {
-    if (!in_place || old.empty()) return write(output);
-    check_count(old);
-    for (size_t i = 0; i < old.size(); ++i) {
-      STD_TORCH_CHECK(has_shape(old[i], i, Shape::each_task) && has_type(old[i], i) && old[i].is_contiguous(),
-                      "task_update: expected contiguous tensors of the gradients' shapes and types to write over");
-      plan_.items[i].out[output] = {Keep::each_task, -1, old[i].data_ptr()};
-    }
-    return {};
-  }
-
-  // Sums over tasks [*shape], over `old` where there are tensors to write over: nothing new is made then.
-  Tensors write_sums(int output, const Tensors& old, bool in_place) {
-    if (!in_place || old.empty()) return write(output, std::vector<bool>(like_.size(), true));
-    check_count(old);
-    for (size_t i = 0; i < old.size(); ++i) {
-      STD_TORCH_CHECK(has_shape(old[i], i, Shape::all_tasks) && has_type(old[i], i) && old[i].is_contiguous(),
-                      "task_update: expected contiguous tensors of one task's shapes and types to write over");
-      plan_.items[i].out[output] = {Keep::task_sum, -1, old[i].data_ptr()};
-    }
-    return {};
-  }
-
-  // New tensors of the shapes of `rates`: the sums over all that uses an element of them.
-  Tensors write_rate(int output, const Tensors& rates) {
+  // Tensors of the shapes of `rates`, new ones or those of `over`: the sums over all that uses an element of them.
+  Tensors write_rate(int output, const Tensors& rates, const Tensors* over = nullptr) {
+    STD_TORCH_CHECK(!over || over->size() == rates.size(), "task_update: expected as many tensors as there are rates");
     Tensors made;
-    made.reserve(rates.size());
     for (size_t r = 0; r < rates.size(); ++r) {
-      const bool total = rates[r].dim() == 0;
-      made.push_back(empty(rates[r].sizes().data(), rates[r].dim(), rates[r].scalar_type(), rates[r]));
+      const Tensor& rate = rates[r];
+      if (!over) made.push_back(empty(rate.sizes().data(), rate.dim(), rate.scalar_type(), rate));
+      const Tensor& sum = over ? (*over)[r] : made[r];
+      const auto sizes = rate.sizes(), given = sum.sizes();
+      STD_TORCH_CHECK(std::equal(sizes.begin(), sizes.end(), given.begin(), given.end()) && sum.is_contiguous() &&
+                          sum.scalar_type() == rate.scalar_type() && device_of(sum) == device_,
+                      "task_update: expected contiguous tensors of the rates' shapes and types to write over");
+      const bool total = rate.dim() == 0;
       const Output out = {total ? Keep::total : Keep::task_sum, total ? int32_t(plan_.scalars.size()) : -1,
-                          made[r].data_ptr()};
-      if (total) plan_.scalars.push_back(made[r]);
+                          sum.data_ptr()};
+      if (total) plan_.scalars.push_back(sum);
       if (rates.size() > 1) plan_.items[r].out[output] = out;
       else for (auto& item : plan_.items) item.out[output] = out;
     }

@@ -1,5 +1,6 @@
 // The ops: each makes a plan of its arguments and has it run. Their schemas, and what the arguments are, are in
-// metafast/ops/task_update/library.py. Updates in place return no tensors for what they wrote over.
+// metafast/ops/task_update/library.py. An op is written once and registered in several forms, which differ in where the
+// results go.
 #pragma once
 
 #include "task_update.h"
@@ -7,23 +8,40 @@
 
 namespace metafast::task_update {
 
-template <class Kernels, bool in_place>
-Tensors plain_sgd_update(const Tensors& params, const Tensors& grads, const PlainSgd& rule) {
+// What an op made: nothing where it wrote into tensors that were there.
+template <size_t count>
+using Results = std::array<Tensors, count>;
+
+// Where an op's results go: into new tensors, over what they replace (in place), or into lists of given tensors.
+template <size_t count>
+struct Into {
+  bool in_place = false;
+  std::array<const Tensors*, count> given{};
+
+  // What the result with this number is written over; null for new tensors. There may be no `old` ones to replace.
+  const Tensors* over(size_t result, const Tensors& old) const {
+    return in_place && !old.empty() ? &old : given[result];
+  }
+};
+
+template <class Kernels>
+Results<2> plain_sgd_update(const Into<2>& into, const Tensors& params, const Tensors& grads, const PlainSgd& rule) {
   using Rule = PlainSgdUpdate;
   Planner<Rule> planner(grads);
   planner.read(Rule::param, params, Shape::either);
   planner.read(Rule::grad, grads);
-  Tensors made = planner.write(Rule::new_param, params, in_place);
+  Tensors made = planner.write(Rule::new_param, into.over(0, params));
   Kernels::run(planner.finished(), rule);
-  return made;
+  return {std::move(made)};
 }
 
-template <class Kernels, bool in_place>
-std::tuple<Tensors, Tensors> sgd_update(
+template <class Kernels>
+Results<2> sgd_update(
+    const Into<2>& into,
     const Tensors& params, const Tensors& grads, const Tensors& buffers, const Tensors& lrs, const Tensors& decays,
     double lr, double momentum, double dampening, bool nesterov, double weight_decay, bool maximize) {
   if (momentum == 0 && lrs.empty() && decays.empty()) {
-    return {plain_sgd_update<Kernels, in_place>(params, grads, PlainSgd{lr, weight_decay, maximize}), Tensors()};
+    return plain_sgd_update<Kernels>(into, params, grads, PlainSgd{lr, weight_decay, maximize});
   }
   using Rule = SgdUpdate;
   Planner<Rule> planner(grads);
@@ -32,15 +50,16 @@ std::tuple<Tensors, Tensors> sgd_update(
   planner.read(Rule::buffer, buffers);
   planner.read_rate(Rule::lr, lrs, lr);
   planner.read_rate(Rule::weight_decay, decays, weight_decay);
-  Tensors new_params = planner.write(Rule::new_param, params, in_place);
-  Tensors new_buffers = momentum != 0 ? planner.write(Rule::new_buffer, buffers, in_place) : Tensors();
+  Results<2> made;
+  made[0] = planner.write(Rule::new_param, into.over(0, params));
+  if (momentum != 0) made[1] = planner.write(Rule::new_buffer, into.over(1, buffers));
   Kernels::run(planner.finished(), Sgd(momentum, dampening, nesterov, maximize, buffers.empty()));
-  return {std::move(new_params), std::move(new_buffers)};
+  return made;
 }
 
 template <class Kernels, bool learned>
-std::tuple<Tensors, Tensors, Tensors, Tensors, Tensors> sgd_update_vjp_of(
-    const Tensors& d_params, const Tensors& d_buffers, const Tensors& params, const Tensors& grads,
+Results<5> sgd_update_vjp_of(
+    const Into<5>& into, const Tensors& d_params, const Tensors& d_buffers, const Tensors& params, const Tensors& grads,
     const Tensors& buffers, const Tensors& lrs, const Tensors& decays, double lr, double weight_decay, const Sgd& rule,
     const std::vector<bool>& shared, const std::vector<bool>& needed) {
   using Rule = SgdVjp<learned>;
@@ -54,21 +73,21 @@ std::tuple<Tensors, Tensors, Tensors, Tensors, Tensors> sgd_update_vjp_of(
     planner.read(Rule::grad, grads);
     planner.read(Rule::buffer, buffers);
   }
-  std::array<Tensors, 5> made;
-  if (needed[0]) made[0] = planner.write(Rule::to_param, shared);
-  if (needed[1]) made[1] = planner.write(Rule::to_grad);
-  if (needed[2]) made[2] = planner.write(Rule::to_buffer);
+  Results<5> made;
+  if (needed[0]) made[0] = planner.write(Rule::to_param, into.given[0], shared);
+  if (needed[1]) made[1] = planner.write(Rule::to_grad, into.given[1]);
+  if (needed[2]) made[2] = planner.write(Rule::to_buffer, into.given[2]);
   if constexpr (learned) {
-    if (needed[3]) made[3] = planner.write_rate(Rule::to_lr, lrs);
-    if (needed[4]) made[4] = planner.write_rate(Rule::to_weight_decay, decays);
+    if (needed[3]) made[3] = planner.write_rate(Rule::to_lr, lrs, into.given[3]);
+    if (needed[4]) made[4] = planner.write_rate(Rule::to_weight_decay, decays, into.given[4]);
   }
   Kernels::run(planner.finished(), rule);
-  return {std::move(made[0]), std::move(made[1]), std::move(made[2]), std::move(made[3]), std::move(made[4])};
+  return made;
 }
 
 template <class Kernels>
-std::tuple<Tensors, Tensors, Tensors, Tensors, Tensors> sgd_update_vjp(
-    const Tensors& d_params, const Tensors& d_buffers, const Tensors& params, const Tensors& grads,
+Results<5> sgd_update_vjp(
+    const Into<5>& into, const Tensors& d_params, const Tensors& d_buffers, const Tensors& params, const Tensors& grads,
     const Tensors& buffers, const Tensors& lrs, const Tensors& decays, double lr, double momentum, double dampening,
     bool nesterov, double weight_decay, bool maximize, bool first, const std::vector<bool>& shared,
     const std::vector<bool>& needed) {
@@ -76,12 +95,12 @@ std::tuple<Tensors, Tensors, Tensors, Tensors, Tensors> sgd_update_vjp(
                   "sgd_update_vjp: expected shared for each parameter and needed for each of five groups");
   const Sgd rule(momentum, dampening, nesterov, maximize, first);
   const auto product = needed[3] || needed[4] ? &sgd_update_vjp_of<Kernels, true> : &sgd_update_vjp_of<Kernels, false>;
-  return product(d_params, d_buffers, params, grads, buffers, lrs, decays, lr, weight_decay, rule, shared, needed);
+  return product(into, d_params, d_buffers, params, grads, buffers, lrs, decays, lr, weight_decay, rule, shared, needed);
 }
 
-template <class Kernels, class Rule, bool in_place>
-std::tuple<Tensors, Tensors, Tensors, Tensors> adam_update_of(
-    const Tensors& params, const Tensors& grads, const Tensors& averages, const Tensors& squares,
+template <class Kernels, class Rule>
+Results<4> adam_update_of(
+    const Into<4>& into, const Tensors& params, const Tensors& grads, const Tensors& averages, const Tensors& squares,
     const Tensors& greatest, const Tensors& lrs, const Tensors& decays, double lr, double weight_decay,
     const Adam& rule) {
   Planner<Rule> planner(grads);
@@ -91,33 +110,32 @@ std::tuple<Tensors, Tensors, Tensors, Tensors> adam_update_of(
   planner.read(Rule::square, squares);
   planner.read_rate(Rule::lr, lrs, lr);
   planner.read_rate(Rule::weight_decay, decays, weight_decay);
-  std::array<Tensors, 4> made;
-  made[0] = planner.write(Rule::new_param, params, in_place);
-  made[1] = planner.write(Rule::new_average, averages, in_place);
-  made[2] = planner.write(Rule::new_square, squares, in_place);
+  Results<4> made;
+  made[0] = planner.write(Rule::new_param, into.over(0, params));
+  made[1] = planner.write(Rule::new_average, into.over(1, averages));
+  made[2] = planner.write(Rule::new_square, into.over(2, squares));
   if constexpr (Rule::outputs > 3) {
     planner.read(Rule::greatest, greatest);
-    made[3] = planner.write(Rule::new_greatest, greatest, in_place);
+    made[3] = planner.write(Rule::new_greatest, into.over(3, greatest));
   }
   Kernels::run(planner.finished(), rule);
-  return {std::move(made[0]), std::move(made[1]), std::move(made[2]), std::move(made[3])};
+  return made;
 }
 
-template <class Kernels, bool in_place>
-std::tuple<Tensors, Tensors, Tensors, Tensors> adam_update(
-    const Tensors& params, const Tensors& grads, const Tensors& averages, const Tensors& squares,
+template <class Kernels>
+Results<4> adam_update(
+    const Into<4>& into, const Tensors& params, const Tensors& grads, const Tensors& averages, const Tensors& squares,
     const Tensors& greatest, const Tensors& lrs, const Tensors& decays, double lr, double beta1, double beta2,
     double eps, double eps_root, double weight_decay, bool amsgrad, bool maximize, bool decoupled, int64_t step) {
   const Adam rule(beta1, beta2, eps, eps_root, maximize, decoupled, step);
-  const auto update = amsgrad ? &adam_update_of<Kernels, AdamUpdate<true>, in_place>
-                              : &adam_update_of<Kernels, AdamUpdate<false>, in_place>;
-  return update(params, grads, averages, squares, greatest, lrs, decays, lr, weight_decay, rule);
+  const auto update =
+      amsgrad ? &adam_update_of<Kernels, AdamUpdate<true>> : &adam_update_of<Kernels, AdamUpdate<false>>;
+  return update(into, params, grads, averages, squares, greatest, lrs, decays, lr, weight_decay, rule);
 }
 
-using SevenLists = std::tuple<Tensors, Tensors, Tensors, Tensors, Tensors, Tensors, Tensors>;
-
 template <class Kernels, bool amsgrad, bool learned>
-SevenLists adam_update_vjp_of(
+Results<7> adam_update_vjp_of(
+    const Into<7>& into,
     const Tensors& d_params, const Tensors& d_averages, const Tensors& d_squares, const Tensors& d_greatest,
     const Tensors& params, const Tensors& grads, const Tensors& averages, const Tensors& squares,
     const Tensors& greatest, const Tensors& lrs, const Tensors& decays, double lr, double weight_decay,
@@ -133,27 +151,27 @@ SevenLists adam_update_vjp_of(
   planner.read(Rule::square, squares);
   planner.read_rate(Rule::lr, lrs, lr);
   planner.read_rate(Rule::weight_decay, decays, weight_decay);
-  std::array<Tensors, 7> made;
-  if (needed[0]) made[0] = planner.write(Rule::to_param, shared);
-  if (needed[1]) made[1] = planner.write(Rule::to_grad);
-  if (needed[2]) made[2] = planner.write(Rule::to_average);
-  if (needed[3]) made[3] = planner.write(Rule::to_square);
+  Results<7> made;
+  if (needed[0]) made[0] = planner.write(Rule::to_param, into.given[0], shared);
+  if (needed[1]) made[1] = planner.write(Rule::to_grad, into.given[1]);
+  if (needed[2]) made[2] = planner.write(Rule::to_average, into.given[2]);
+  if (needed[3]) made[3] = planner.write(Rule::to_square, into.given[3]);
   if constexpr (amsgrad) {
     planner.read(Rule::greatest, greatest);
     planner.read(Rule::d_greatest, d_greatest);
-    if (needed[4]) made[4] = planner.write(Rule::to_greatest);
+    if (needed[4]) made[4] = planner.write(Rule::to_greatest, into.given[4]);
   }
   if constexpr (learned) {
-    if (needed[5]) made[5] = planner.write_rate(Rule::to_lr, lrs);
-    if (needed[6]) made[6] = planner.write_rate(Rule::to_weight_decay, decays);
+    if (needed[5]) made[5] = planner.write_rate(Rule::to_lr, lrs, into.given[5]);
+    if (needed[6]) made[6] = planner.write_rate(Rule::to_weight_decay, decays, into.given[6]);
   }
   Kernels::run(planner.finished(), rule);
-  return {std::move(made[0]), std::move(made[1]), std::move(made[2]), std::move(made[3]),
-          std::move(made[4]), std::move(made[5]), std::move(made[6])};
+  return made;
 }
 
 template <class Kernels>
-SevenLists adam_update_vjp(
+Results<7> adam_update_vjp(
+    const Into<7>& into,
     const Tensors& d_params, const Tensors& d_averages, const Tensors& d_squares, const Tensors& d_greatest,
     const Tensors& params, const Tensors& grads, const Tensors& averages, const Tensors& squares,
     const Tensors& greatest, const Tensors& lrs, const Tensors& decays, double lr, double beta1, double beta2,
@@ -167,13 +185,13 @@ SevenLists adam_update_vjp(
   const auto product = amsgrad   ? &adam_update_vjp_of<Kernels, true, true>
                        : learned ? &adam_update_vjp_of<Kernels, false, true>
                                  : &adam_update_vjp_of<Kernels, false, false>;
-  return product(d_params, d_averages, d_squares, d_greatest, params, grads, averages, squares, greatest, lrs, decays,
-                 lr, weight_decay, rule, shared, needed);
+  return product(into, d_params, d_averages, d_squares, d_greatest, params, grads, averages, squares, greatest, lrs,
+                 decays, lr, weight_decay, rule, shared, needed);
 }
 
-template <class Kernels, bool in_place>
-std::tuple<Tensors, Tensors, Tensors, Tensors> rmsprop_update(
-    const Tensors& params, const Tensors& grads, const Tensors& squares, const Tensors& buffers,
+template <class Kernels>
+Results<4> rmsprop_update(
+    const Into<4>& into, const Tensors& params, const Tensors& grads, const Tensors& squares, const Tensors& buffers,
     const Tensors& averages, const Tensors& lrs, const Tensors& decays, double lr, double alpha, double eps,
     double weight_decay, double momentum, bool centered, bool maximize) {
   using Rule = RmspropUpdate;
@@ -185,17 +203,18 @@ std::tuple<Tensors, Tensors, Tensors, Tensors> rmsprop_update(
   planner.read(Rule::average, averages);
   planner.read_rate(Rule::lr, lrs, lr);
   planner.read_rate(Rule::weight_decay, decays, weight_decay);
-  std::array<Tensors, 4> made;
-  made[0] = planner.write(Rule::new_param, params, in_place);
-  made[1] = planner.write(Rule::new_square, squares, in_place);
-  if (momentum != 0) made[2] = planner.write(Rule::new_buffer, buffers, in_place);
-  if (centered) made[3] = planner.write(Rule::new_average, averages, in_place);
+  Results<4> made;
+  made[0] = planner.write(Rule::new_param, into.over(0, params));
+  made[1] = planner.write(Rule::new_square, into.over(1, squares));
+  if (momentum != 0) made[2] = planner.write(Rule::new_buffer, into.over(2, buffers));
+  if (centered) made[3] = planner.write(Rule::new_average, into.over(3, averages));
   Kernels::run(planner.finished(), Rmsprop(alpha, eps, momentum, centered, maximize));
-  return {std::move(made[0]), std::move(made[1]), std::move(made[2]), std::move(made[3])};
+  return made;
 }
 
 template <class Kernels, bool learned>
-SevenLists rmsprop_update_vjp_of(
+Results<7> rmsprop_update_vjp_of(
+    const Into<7>& into,
     const Tensors& d_params, const Tensors& d_squares, const Tensors& d_buffers, const Tensors& d_averages,
     const Tensors& params, const Tensors& grads, const Tensors& squares, const Tensors& buffers,
     const Tensors& averages, const Tensors& lrs, const Tensors& decays, double lr, double weight_decay,
@@ -212,24 +231,24 @@ SevenLists rmsprop_update_vjp_of(
   planner.read(Rule::average, averages);
   planner.read_rate(Rule::lr, lrs, lr);
   planner.read_rate(Rule::weight_decay, decays, weight_decay);
-  std::array<Tensors, 7> made;
-  if (needed[0]) made[0] = planner.write(Rule::to_param, shared);
-  if (needed[1]) made[1] = planner.write(Rule::to_grad);
-  if (needed[2]) made[2] = planner.write(Rule::to_square);
-  if (needed[3]) made[3] = planner.write(Rule::to_buffer);
-  if (needed[4]) made[4] = planner.write(Rule::to_average);
+  Results<7> made;
+  if (needed[0]) made[0] = planner.write(Rule::to_param, into.given[0], shared);
+  if (needed[1]) made[1] = planner.write(Rule::to_grad, into.given[1]);
+  if (needed[2]) made[2] = planner.write(Rule::to_square, into.given[2]);
+  if (needed[3]) made[3] = planner.write(Rule::to_buffer, into.given[3]);
+  if (needed[4]) made[4] = planner.write(Rule::to_average, into.given[4]);
   if constexpr (learned) {
     planner.read(Rule::buffer, buffers);
-    if (needed[5]) made[5] = planner.write_rate(Rule::to_lr, lrs);
-    if (needed[6]) made[6] = planner.write_rate(Rule::to_weight_decay, decays);
+    if (needed[5]) made[5] = planner.write_rate(Rule::to_lr, lrs, into.given[5]);
+    if (needed[6]) made[6] = planner.write_rate(Rule::to_weight_decay, decays, into.given[6]);
   }
   Kernels::run(planner.finished(), rule);
-  return {std::move(made[0]), std::move(made[1]), std::move(made[2]), std::move(made[3]),
-          std::move(made[4]), std::move(made[5]), std::move(made[6])};
+  return made;
 }
 
 template <class Kernels>
-SevenLists rmsprop_update_vjp(
+Results<7> rmsprop_update_vjp(
+    const Into<7>& into,
     const Tensors& d_params, const Tensors& d_squares, const Tensors& d_buffers, const Tensors& d_averages,
     const Tensors& params, const Tensors& grads, const Tensors& squares, const Tensors& buffers,
     const Tensors& averages, const Tensors& lrs, const Tensors& decays, double lr, double alpha, double eps,
@@ -240,36 +259,82 @@ SevenLists rmsprop_update_vjp(
   const Rmsprop rule(alpha, eps, momentum, centered, maximize);
   const auto product =
       needed[5] || needed[6] ? &rmsprop_update_vjp_of<Kernels, true> : &rmsprop_update_vjp_of<Kernels, false>;
-  return product(d_params, d_squares, d_buffers, d_averages, params, grads, squares, buffers, averages, lrs, decays,
-                 lr, weight_decay, rule, shared, needed);
+  return product(into, d_params, d_squares, d_buffers, d_averages, params, grads, squares, buffers, averages, lrs,
+                 decays, lr, weight_decay, rule, shared, needed);
 }
 
-template <class Kernels, bool in_place>
-Tensors outer_update(const Tensors& bases, const Tensors& values, const Tensors& weights, double scale) {
+template <class Kernels>
+Results<1> outer_update(const Into<1>& into, const Tensors& bases, const Tensors& values, const Tensors& weights,
+                        double scale) {
   using Rule = OuterUpdate;
   Planner<Rule> planner(values);
   planner.read(Rule::base, bases, Shape::all_tasks);
   planner.read(Rule::value, values);
   planner.read_task_scalars(Rule::weight, weights, 1);
   planner.read_last_task(Rule::is_last);
-  Tensors made = planner.write_sums(Rule::updated, bases, in_place);
+  const std::vector<bool> sums(values.size(), true);
+  Tensors made = planner.write(Rule::updated, into.over(0, bases), sums);
   Kernels::run(planner.finished(), Outer{scale});
-  return made;
+  return {std::move(made)};
 }
+
+template <size_t>
+using List = const Tensors&;
+
+// The forms of an op, as the dispatcher calls them.
+template <auto op, class = decltype(op)>
+struct Forms;
+
+template <auto op, size_t count, class... Arguments>
+struct Forms<op, Results<count> (*)(const Into<count>&, Arguments...)> {
+  static auto made(Arguments... arguments) { return returned(op({}, arguments...)); }
+
+  static auto in_place(Arguments... arguments) { return returned(op({.in_place = true}, arguments...)); }
+
+  template <class>
+  struct Out;
+
+  template <size_t... number>
+  struct Out<std::index_sequence<number...>> {
+    static void call(Arguments... arguments, List<number>... given) { op({.given = {&given...}}, arguments...); }
+  };
+
+  static constexpr auto out = &Out<std::make_index_sequence<count>>::call;
+
+ private:
+  static auto returned(Results<count>&& results) {
+    if constexpr (count == 1) return std::move(results[0]);
+    else return std::tuple_cat(std::move(results));
+  }
+};
 
 template <class Kernels, class Library>
 void register_kernels(Library& library) {
-  library.impl("sgd_update", TORCH_BOX((&sgd_update<Kernels, false>)));
-  library.impl("sgd_update_", TORCH_BOX((&sgd_update<Kernels, true>)));
-  library.impl("sgd_update_vjp", TORCH_BOX(&sgd_update_vjp<Kernels>));
-  library.impl("adam_update", TORCH_BOX((&adam_update<Kernels, false>)));
-  library.impl("adam_update_", TORCH_BOX((&adam_update<Kernels, true>)));
-  library.impl("adam_update_vjp", TORCH_BOX(&adam_update_vjp<Kernels>));
-  library.impl("rmsprop_update", TORCH_BOX((&rmsprop_update<Kernels, false>)));
-  library.impl("rmsprop_update_", TORCH_BOX((&rmsprop_update<Kernels, true>)));
-  library.impl("rmsprop_update_vjp", TORCH_BOX(&rmsprop_update_vjp<Kernels>));
-  library.impl("outer_update", TORCH_BOX((&outer_update<Kernels, false>)));
-  library.impl("outer_update_", TORCH_BOX((&outer_update<Kernels, true>)));
+  using Sgd = Forms<&sgd_update<Kernels>>;
+  library.impl("sgd_update", TORCH_BOX(&Sgd::made));
+  library.impl("sgd_update_", TORCH_BOX(&Sgd::in_place));
+  library.impl("sgd_update.out", TORCH_BOX(Sgd::out));
+  using SgdVjp = Forms<&sgd_update_vjp<Kernels>>;
+  library.impl("sgd_update_vjp", TORCH_BOX(&SgdVjp::made));
+  library.impl("sgd_update_vjp.out", TORCH_BOX(SgdVjp::out));
+  using Adam = Forms<&adam_update<Kernels>>;
+  library.impl("adam_update", TORCH_BOX(&Adam::made));
+  library.impl("adam_update_", TORCH_BOX(&Adam::in_place));
+  library.impl("adam_update.out", TORCH_BOX(Adam::out));
+  using AdamVjp = Forms<&adam_update_vjp<Kernels>>;
+  library.impl("adam_update_vjp", TORCH_BOX(&AdamVjp::made));
+  library.impl("adam_update_vjp.out", TORCH_BOX(AdamVjp::out));
+  using Rmsprop = Forms<&rmsprop_update<Kernels>>;
+  library.impl("rmsprop_update", TORCH_BOX(&Rmsprop::made));
+  library.impl("rmsprop_update_", TORCH_BOX(&Rmsprop::in_place));
+  library.impl("rmsprop_update.out", TORCH_BOX(Rmsprop::out));
+  using RmspropVjp = Forms<&rmsprop_update_vjp<Kernels>>;
+  library.impl("rmsprop_update_vjp", TORCH_BOX(&RmspropVjp::made));
+  library.impl("rmsprop_update_vjp.out", TORCH_BOX(RmspropVjp::out));
+  using Outer = Forms<&outer_update<Kernels>>;
+  library.impl("outer_update", TORCH_BOX(&Outer::made));
+  library.impl("outer_update_", TORCH_BOX(&Outer::in_place));
+  library.impl("outer_update.out", TORCH_BOX(Outer::out));
 }
 
 }  // namespace metafast::task_update

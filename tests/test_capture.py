@@ -162,6 +162,19 @@ def test_calls_and_adaptation(draw, generator, recordings, options):
     same(meta.adapt(support).params, plain.adapt(support).params)
 
 
+@pytest.mark.parametrize(
+    ("option", "name"), [("momentum", "sgd"), ("MetaSGD", "sgd"), ("Adam", "adam"), ("RMSprop, learned", "rmsprop")]
+)
+@pytest.mark.usefixtures("fused_cpu")
+def test_updates_write_into_the_memory_of_the_program(draw, option, name):
+    """Bit by bit what they return without capture, as above: no copies of their results are made."""
+    meta = learner(**OPTIONS[option])
+    meta(draw(), draw()).backward()
+    ((program, _),) = meta._captured._programs.values()
+    updates = {str(op) for call in program._calls for op in (call.func, *call.args[:1]) if "update" in str(op)}
+    assert updates == {f"metafast.{name}_update.out", f"metafast.{name}_update_vjp.out"}
+
+
 def test_the_mean_over_tasks(draw):
     meta, plain = twins(learner(reduction="mean"))
     agree(meta, plain, [(draw(), draw(5)) for _ in range(3)], same=close)

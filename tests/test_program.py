@@ -315,6 +315,7 @@ UNUSUAL = {
     ),
     "statistics that start as constants": batch_normed,
     "lists in place": lists_in_place,
+    "lists": lambda x, w: [*torch._foreach_add([x * 2, w], [w, x]), *torch._foreach_exp([x]), x.unbind(1)[0]],
     "log sigmoid": grad(lambda x, w: F.logsigmoid(x * w).pow(2).sum()),
     "an output given": lambda x, w: torch.add(x, w, out=torch.empty_like(x)) * 2,
     "diagonals": lambda x, w: (x.fill_diagonal_(0) + torch.diag(w.diagonal())).triu(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gc
 import itertools
@@ -560,12 +561,14 @@ def test_device_without_kernels() -> None:
 @pytest.mark.parametrize("rule", [RULES[0], RULES[3], *OTHERS], ids=str)
 def test_ops_are_registered_as_they_behave(rule: Rule) -> None:
     call = Call(rule, "mixed")
+    call(*call.tensors)  # the kernels are there once they were asked for
     params, grads, state, rates = call.arguments(call.tensors)
     op = library._OPS[type(rule)]
     groups = [params, grads, *((state or {}).get(name, []) for name in op.states), *rates.values()]
     numbers = op.numbers(rule, call.step)
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(op.op().default, (*groups, *numbers), test_utils=tests)
+    check_out(op.op(), (*groups, *numbers))
     rows = [p.expand_as(g).clone() for p, g in zip(params, grads, strict=True)]
     torch.library.opcheck(op.op("_").default, (rows, *groups[1:], *numbers), test_utils=tests)
     cotangents = [grads, *(grads if group else [] for group in groups[2:-2])]
@@ -574,6 +577,21 @@ def test_ops_are_registered_as_they_behave(rule: Rule) -> None:
     for needed in ([True, True, *kept, True, True], [False, True, *[False] * len(kept), True, False]):
         arguments = (*cotangents, *groups, *numbers, *first, SHARED, needed)
         torch.library.opcheck(op.op("_vjp").default, arguments, test_utils=tests)
+        check_out(op.op("_vjp"), arguments)
+
+
+def check_out(op: Any, arguments: Sequence[Any]) -> None:
+    """The overload that writes into given tensors leaves in them what the op returns, bit by bit, or refuses them."""
+    expected = op(*arguments)
+    given = {f"out{i}": [torch.full_like(x, torch.nan) for x in group] for i, group in enumerate(expected)}
+    torch.library.opcheck(op.out, arguments, copy.deepcopy(given), test_utils="test_schema")
+    assert op.out(*arguments, **given) is None
+    for found, group in zip(given.values(), expected, strict=True):
+        assert_equal(found, group, 0)
+    for name, group in given.items():
+        for wrong in ([], [*group, group[0]], [group[1], *group[1:]], [group[0].float(), *group[1:]]) if group else ():
+            with pytest.raises(RuntimeError, match="expected"):
+                op.out(*arguments, **{**given, name: wrong})
 
 
 P, G = torch.ones(4), torch.ones(2, 4)

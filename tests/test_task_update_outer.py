@@ -115,10 +115,15 @@ def test_result_does_not_depend_on_the_number_of_threads() -> None:
 
 def test_ops_are_registered_as_they_behave() -> None:
     params, adapted, weights = randoms(0), randoms(1, TASKS), torch.ones(TASKS)
+    reptile_update(params, adapted, 0.1)  # the kernels are there once they were asked for
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.metafast.outer_update.default, (params, adapted, [], 0.1), test_utils=tests)
     torch.library.opcheck(torch.ops.metafast.outer_update.default, ([], adapted, [weights], 0.1), test_utils=tests)
     torch.library.opcheck(torch.ops.metafast.outer_update_.default, (params, adapted, [], 0.1), test_utils=tests)
+    given = [torch.full_like(p, torch.nan) for p in params]
+    torch.ops.metafast.outer_update.out(params, adapted, [weights], 0.1, out0=given)
+    for found, expected in zip(given, torch.ops.metafast.outer_update(params, adapted, [weights], 0.1), strict=True):
+        assert torch.equal(found, expected)
 
 
 P, A = torch.ones(4), torch.ones(2, 4)

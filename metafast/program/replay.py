@@ -195,9 +195,10 @@ class _Build:
             if node in self._over
             else [self._place(root, like) for root, like in zip(self._aliases.of(node), results(node), strict=True)]
         )
-        self.calls.append(writing(target, args, kwargs, outputs))
         given = iter(outputs)
-        return pytree.tree_map(lambda leaf: next(given) if isinstance(leaf, Tensor) else leaf, node.meta["val"])
+        value = pytree.tree_map(lambda leaf: next(given) if isinstance(leaf, Tensor) else leaf, node.meta["val"])
+        self.calls.append(writing(target, args, kwargs, value))
+        return value
 
     def _moved(self, node: fx.Node) -> tuple[Any, ...]:
         """The node's arguments, with an offset that counts from where memory began as counted from where it begins here."""

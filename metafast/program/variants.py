@@ -13,18 +13,19 @@ from torch._ops import OpOverload
 _aten = torch.ops.aten
 
 
-def writing(
-    op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: list[Tensor]
-) -> Callable[[], object]:
-    """A call without arguments that leaves ``op(*args, **kwargs)`` in ``outputs``."""
+def writing(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> Callable[[], object]:
+    """A call without arguments that leaves ``op(*args, **kwargs)`` in ``outputs``, which are made up as its results are:
+    a tensor, a list of them, or a tuple of these; None for what is not computed."""
     if op in _COPIES:
-        return functools.partial(outputs[0].copy_, args[0])
+        return functools.partial(outputs.copy_, args[0])
     variant = out_variant(op)
-    # What an operation is told not to compute has no output, but the overload wants one. Not every device has the overload.
-    if variant is None or len(variant[1]) != len(outputs) or not _runs_on(variant[0], outputs[0].device):
-        return functools.partial(_computed_and_copied, op, args, kwargs, outputs)
+    given = outputs if len(op._schema.returns) > 1 else (outputs,)
+    tensors = _flat(outputs)
+    # The overload wants an output for what it is told not to compute, too. Not every device has the overload.
+    if variant is None or any(output is None for output in given) or not _runs_on(variant[0], tensors[0].device):
+        return functools.partial(_computed_and_copied, op, args, kwargs, tensors)
     overload, names = variant
-    return functools.partial(overload, *args, **kwargs, **dict(zip(names, outputs, strict=True)))
+    return functools.partial(overload, *args, **kwargs, **dict(zip(names, given, strict=True)))
 
 
 @functools.cache

@@ -5,7 +5,7 @@ The schemas are defined here and not in the extension so that they exist without
 
 An op takes a list of tensors for each group: parameters, gradients, each state that the rule may keep, learning rates,
 weight decays; then the rule's numbers. Its product takes the cotangents of the results first. ``<op>_`` writes over
-parameters and state and returns only what was not there to write over.
+parameters and state and returns only what was not there to write over; ``<op>.out`` writes into a list for each result.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from metafast.inner import SGD, Adam, AdamW, RMSprop, Rule
+from metafast.ops.schemas import define_with_out
 
 __all__ = ["is_linear", "outer_update", "outer_update_in_place", "supports", "update", "update_in_place", "vjp"]
 
@@ -52,7 +53,7 @@ class _Op:
         groups = ["params", "grads", *state, *_RATES]
         results = ", ".join(["Tensor[]"] * (1 + len(state)))
         taken = ", ".join(f"Tensor[] {group}" for group in groups)
-        _library.define(f"{self.name}({taken}, {self.schema}) -> ({results})")
+        define_with_out(_library, f"{self.name}({taken}, {self.schema}) -> ({results})")
         written = ["params", *state]
         taken_over = ", ".join(
             f"Tensor({chr(97 + written.index(group))}!)[] {group}" if group in written else f"Tensor[] {group}"
@@ -62,9 +63,10 @@ class _Op:
         cotangents = ", ".join(f"Tensor[] d_{group}" for group in written)
         first = "bool first, " if self.says_first else ""
         products = ", ".join(["Tensor[]"] * len(groups))
-        _library.define(
+        define_with_out(
+            _library,
             f"{self.name}_vjp({cotangents}, {taken}, {self.schema}, {first}bool[] shared, bool[] needed) "
-            f"-> ({products})"
+            f"-> ({products})",
         )
         torch.library.register_fake(f"metafast::{self.name}", self._fake, lib=_library)
         torch.library.register_fake(f"metafast::{self.name}_", self._fake_in_place, lib=_library)
@@ -243,7 +245,7 @@ def _like(tensors: Sequence[Tensor]) -> list[Tensor]:
 for _op in (_SGD, _ADAM, _RMSPROP):
     _op.define()
 
-_library.define("outer_update(Tensor[] bases, Tensor[] values, Tensor[] weights, float scale) -> Tensor[]")
+define_with_out(_library, "outer_update(Tensor[] bases, Tensor[] values, Tensor[] weights, float scale) -> Tensor[]")
 _library.define("outer_update_(Tensor(a!)[] bases, Tensor[] values, Tensor[] weights, float scale) -> Tensor[]")
 
 
