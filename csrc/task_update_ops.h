@@ -95,7 +95,8 @@ Results<5> sgd_update_vjp(
                   "sgd_update_vjp: expected shared for each parameter and needed for each of five groups");
   const Sgd rule(momentum, dampening, nesterov, maximize, first);
   const auto product = needed[3] || needed[4] ? &sgd_update_vjp_of<Kernels, true> : &sgd_update_vjp_of<Kernels, false>;
-  return product(into, d_params, d_buffers, params, grads, buffers, lrs, decays, lr, weight_decay, rule, shared, needed);
+  return product(into, d_params, d_buffers, params, grads, buffers, lrs, decays, lr, weight_decay, rule, shared,
+                 needed);
 }
 
 template <class Kernels, class Rule>
