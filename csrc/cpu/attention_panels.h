@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <memory>
 #include <new>
 #include <vector>
@@ -134,19 +135,34 @@ void zero_rows(Operand<T> rows, int64_t count, int64_t depth) {
 // Below about this many multiply-adds a second thread costs more than it brings.
 constexpr int64_t worth_a_thread = 1 << 17;
 
+// Calls work(next) on each of the threads that `pieces` are worth, at least `fewest` of them each; next() is the next piece that
+// none has taken, or past the last. Not an equal share for each: a core that others use too would keep its share waiting.
+template <typename Work>
+void share_out(int64_t pieces, int64_t fewest, Work work) {
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), (pieces + fewest - 1) / fewest);
+  std::atomic<int64_t> taken{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) { work([&] { return taken.fetch_add(1, std::memory_order_relaxed); }); });
+}
+
 // Calls body(panel, scratch) for every panel; for passes that write nothing but their own rows.
 template <typename T, typename Body>
 void for_each_panel(const Problem<T>& problem, int64_t buffers, const std::vector<Packed<T>>& keys, Body body) {
   const int64_t height = panel_rows(problem, buffers), panels = (problem.rows + height - 1) / height;
   const int64_t work = std::max<int64_t>(height * problem.widest(height) * (problem.depth + problem.value_depth), 1);
-  torch::stable::parallel_for(0, problem.batches * problem.heads * panels, worth_a_thread / work + 1, [&](int64_t begin, int64_t end) {
+  const int64_t total = problem.batches * problem.heads * panels;
+  // The panels of a head together where there are enough heads: a thread lays its keys out once.
+  const int64_t together = std::clamp<int64_t>(total / (8 * torch::stable::get_num_threads()), 1, std::max<int64_t>(panels, 1));
+  const int64_t pieces = (total + together - 1) / together;
+  share_out(pieces, worth_a_thread / (work * together) + 1, [&](auto next) {
     Scratch<T> scratch(problem, buffers, height, keys);
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t matrix = i / panels, first = i % panels * height;
-      Panel panel{matrix / problem.heads, matrix % problem.heads, first, std::min(height, problem.rows - first), 0, 0};
-      trim(problem, panel);
-      scratch.move_to(panel.batch, panel.head / problem.group());
-      body(panel, scratch);
+    for (int64_t piece; (piece = next()) < pieces;) {
+      for (int64_t i = piece * together; i < std::min(total, (piece + 1) * together); ++i) {
+        const int64_t matrix = i / panels, first = i % panels * height;
+        Panel panel{matrix / problem.heads, matrix % problem.heads, first, std::min(height, problem.rows - first), 0, 0};
+        trim(problem, panel);
+        scratch.move_to(panel.batch, panel.head / problem.group());
+        body(panel, scratch);
+      }
     }
   });
 }
@@ -177,10 +193,10 @@ void for_each_panel_summing(const Problem<T>& problem, const KeySums<T>& sums, i
   };
   const Memory<T> of_shares = shares > 1 ? aligned_memory<T>(units * shares * size) : nullptr;
 
-  torch::stable::parallel_for(0, units * shares, shares > 1 ? 1 : worth_a_thread / work + 1, [&](int64_t begin, int64_t end) {
+  share_out(units * shares, shares > 1 ? 1 : worth_a_thread / work + 1, [&](auto next) {
     Scratch<T> scratch(problem, buffers, height, keys);
     const Memory<T> own = shares > 1 ? nullptr : aligned_memory<T>(size);
-    for (int64_t i = begin; i < end; ++i) {
+    for (int64_t i; (i = next()) < units * shares;) {
       const int64_t unit = i / shares, share = i % shares;
       const int64_t batch = unit / problem.key_heads, key_head = unit % problem.key_heads;
       T* sum = shares > 1 ? of_shares.get() + i * size : own.get();
