@@ -190,6 +190,49 @@ def test_nothing_is_written_over_that_is_read_later(normal):
     agrees(function, normal((6, 4)))
 
 
+def stacks(program):
+    """How many stacks it copies together."""
+    return sum(getattr(call, "func", None) is torch.ops.aten.stack.out for call in program._calls)
+
+
+STACKS = {
+    "first dimension": (0, lambda x, y: torch.stack([x.exp(), y.sin(), x * y])),
+    "last dimension": (0, lambda x, y: torch.stack([x.exp(), y.sin()], -1).sum(0)),
+    "results of one call": (0, lambda x, y: torch.stack(torch.ops.aten.native_layer_norm(x, [4], None, None, 0.1)[1:])),
+    "transposed": (0, lambda x, y: torch.stack([x.exp().mT, (x + y).permute(2, 0, 1).permute(1, 0, 2)], 2).exp()),
+    "a gradient of query, key and value": (0, lambda x, y: torch.stack([x.exp(), y.sin()]).permute(1, 2, 0, 3).clone()),
+    "read after": (0, lambda x, y: (lambda s: (s * 2, s.mT @ s, s[0]))(torch.stack([x.exp(), y.sin()]))),
+    "changed afterwards": (0, lambda x, y: torch.stack([x.exp(), y.sin()]).mul_(2).add_(1)),
+    "input": (1, lambda x, y: torch.stack([x, y.sin()])),
+    "a constant": (1, lambda x, y: torch.stack([x.exp(), torch.ones(2, 3, 4, dtype=x.dtype)])),
+    "a part twice": (1, lambda x, y: (lambda e: torch.stack([e, e]))(x.exp())),
+    "a part and its view": (1, lambda x, y: (lambda e: torch.stack([e, e.permute(0, 1, 2).clone(), e[:]]))(x.exp())),
+    "a part elsewhere": (1, lambda x, y: (lambda e: (torch.stack([e, y.sin()]), e + 1))(x.exp())),
+    "a part as the result": (1, lambda x, y: (lambda e: (torch.stack([e, y.sin()]), e))(x.exp())),
+    "a piece": (1, lambda x, y: torch.stack([x.exp()[:, :2], y.sin()[:, 1:]])),
+    "changed in place": (1, lambda x, y: torch.stack([x.exp().mul_(y), y.sin()])),
+    "a stack of stacks": (
+        1,
+        lambda x, y: torch.stack([torch.stack([x.exp(), y.sin()]), torch.stack([y.exp(), x.sin()])]),
+    ),
+    "two stacks of a part": (
+        2,
+        lambda x, y: (lambda e: (torch.stack([e, y.sin()]), torch.stack([e, y.cos()])))(x.exp()),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_parts_of_a_stack_are_made_in_it(name, normal):
+    copied, function = STACKS[name]
+    draw = normal((2, 3, 4), (2, 3, 4))
+    program = agrees(function, draw)
+    assert stacks(program) == copied
+    inputs = draw()
+    poison(program)
+    same(program(inputs), eager(function, inputs))
+
+
 # Inputs and outputs
 
 

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from metafast.program.aliases import Aliases, Root, aliased_argument, reshapes_in_place, results, written_arguments
 from metafast.program.memory import Arena
 from metafast.program.rewrite import simplify
+from metafast.program.stacks import parts_of_stacks
 from metafast.program.trace import draws_random_numbers, record
 from metafast.program.variants import writing
 
@@ -85,6 +86,9 @@ class _Build:
         # What is more than a view of memory that is known beforehand, or than a constant.
         self._running = {node for node in self._nodes if self._runs(node)}
         self._values: dict[fx.Node, Any] = {}
+        self._parts = parts_of_stacks(self._nodes, self._running, self._aliases)
+        self._stacks = {part.stack for part in self._parts.values()}
+        self._running -= self._stacks
         self._last_use = self._last_uses()
         # Calls that write over an argument of theirs.
         self._over: dict[fx.Node, fx.Node] = {}
@@ -147,6 +151,12 @@ class _Build:
             if node in self._running and aliased_argument(node) is None:
                 over = self._overwritable(node, position, places)
                 for root, result in zip(self._aliases.of(node), results(node), strict=True):
+                    if root in self._parts:
+                        stack = self._parts[root].stack
+                        (root,) = self._aliases.of(stack)
+                        (result,) = results(stack)
+                        if root in places:
+                            continue
                     sizes[root] = _bytes(result)
                     if over is None:
                         places[root] = arena.take(sizes[root])
@@ -167,6 +177,8 @@ class _Build:
         pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
         if len(results(node)) != 1 or not (pointwise or node.target is torch.ops.aten.baddbmm.default):
             return None
+        if any(root in self._parts for root in self._aliases.of(node)):
+            return None
         (result,) = results(node)
         read = list(self._aliases.read(node))
         for value, root in read:
@@ -184,6 +196,8 @@ class _Build:
         if reshapes_in_place(node):
             # The argument's other uses, before, are of its shape then.
             return target(torch.ops.aten.alias(args[0]), *args[1:], **kwargs)
+        if node in self._stacks:
+            return self._stacked(node)
         if node not in self._running:
             return target(*args, **kwargs)
         base = aliased_argument(node)
@@ -211,7 +225,16 @@ class _Build:
         args[position] += self._values[base].storage_offset() - recorded.storage_offset()
         return tuple(args)
 
+    def _stacked(self, stack: fx.Node) -> Tensor:
+        """The tensor of a stack that its parts are made in."""
+        if stack not in self._values:
+            (root,) = self._aliases.of(stack)
+            self._values[stack] = self._place(root, results(stack)[0])
+        return self._values[stack]
+
     def _place(self, root: Root, like: Tensor) -> Tensor:
+        if root in self._parts:
+            return self._parts[root].within(self._stacked(self._parts[root].stack))
         tensor = torch.empty(0, dtype=like.dtype, device=like.device)
         return tensor.set_(self._memory, self._places[root] // like.element_size(), like.shape, like.stride())
 

@@ -1,0 +1,88 @@
+"""Stacks that need no copy, since what they consist of is made in their memory."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from metafast.program.aliases import Aliases, Root
+
+_aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where in a stack a value lies that is read nowhere else.
+
+    Attributes:
+        stack: the call of ``torch.stack``.
+        index: of the value in it.
+        order: of the value's dimensions there.
+    """
+
+    stack: fx.Node
+    index: int
+    order: tuple[int, ...]
+
+    def within(self, stacked: Tensor) -> Tensor:
+        """The value's tensor, given that of the stack."""
+        inverse = [self.order.index(dim) for dim in range(len(self.order))]
+        return stacked.select(_dim(self.stack), self.index).permute(inverse)
+
+
+def parts_of_stacks(nodes: Sequence[fx.Node], running: set[fx.Node], aliases: Aliases) -> dict[Root, Part]:
+    """For each stack all of whose parts can be made in it, the memory of these.
+
+    A part is a whole result of a call, its dimensions in any order, that nothing but the stack reads.
+    """
+    readers: dict[Root, list[fx.Node]] = {}
+    for node in nodes:
+        if node in running or node.op == "output":
+            for _, root in aliases.read(node):
+                readers.setdefault(root, []).append(node)
+    found: dict[Root, Part] = {}
+    for stack in nodes:
+        if stack not in running or stack.target is not _aten.stack.default:
+            continue
+        values: Any = stack.args[0]
+        parts = {}
+        for index, value in enumerate(values):
+            base, order = _unpermuted(value)
+            (root,) = aliases.of(base)
+            if (
+                root.node in running
+                and root.node.target is not stack.target
+                and (base is root.node or (base.target is operator.getitem and base.args[0] is root.node))
+                and readers[root] == [stack]
+                and root not in aliases.written
+                and base.meta["val"].dtype == stack.meta["val"].dtype
+            ):
+                parts[root] = Part(stack, index, order)
+        if len(parts) == len(values):
+            found.update(parts)
+    return found
+
+
+def _unpermuted(value: Any) -> tuple[fx.Node, tuple[int, ...]]:
+    """What ``value`` is a permutation of, and which of its dimensions each of ``value``'s is."""
+    rank = value.meta["val"].ndim
+    order = tuple(range(rank))
+    while value.target in (_aten.permute.default, _aten.transpose.int):
+        value, *dims = value.args
+        if len(dims) == 1:
+            (moved,) = dims
+        else:
+            moved = list(range(rank))
+            moved[dims[0]], moved[dims[1]] = moved[dims[1]], moved[dims[0]]
+        order = tuple(moved[at] % rank for at in order)
+    return value, order
+
+
+def _dim(stack: Any) -> int:
+    dim = stack.args[1] if len(stack.args) > 1 else 0
+    return int(dim % stack.meta["val"].ndim)
