@@ -14,10 +14,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from meta_peers import LR, MODULES, PEERS, func
+from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import metafast
-from metafast.measure import seconds_of
+from metafast.measure import peak_memory, seconds_of
 from metafast.models import EncoderClassifier
 
 
@@ -180,6 +181,39 @@ def test_checkpointed(name, measure, device, benchmark):
     rebuilt, kept = (ours(*batches, setting, "MAML", checkpoint) for checkpoint in (True, False))
     assert_equal({"checkpointed": rebuilt}, kept())
     measure("metafast, checkpointed", rebuilt, {"kept graphs": kept}, {"kept graphs": 1 / 1.35}, rounds=setting.rounds)
+
+
+@pytest.mark.parametrize("name", ["S", "M"])
+def test_hessian_product(name, measure, compare, device, benchmark):
+    """Reverse over reverse, as a rebuilt inner step takes the product with the Hessian, against forward over reverse.
+
+    No bar: the figures behind the choice. Both run the same products and accelerated layers.
+    """
+    setting = SETTINGS[name]
+    benchmark.group = f"Hessian product {name}"
+    model, support, _ = draw(setting, device)
+    params = {n: p.detach().expand(setting.tasks, *p.shape).clone() for n, p in model.named_parameters()}
+    direction = {n: torch.randn_like(p) for n, p in params.items()}
+
+    def loss(params, *batch):
+        return F.cross_entropy(functional_call(model, params, batch[:1]), batch[1])
+
+    def reverse_over_reverse():
+        leaves = {n: p.clone().requires_grad_() for n, p in params.items()}
+        grads = torch.autograd.grad(vmap(loss)(leaves, *support).sum(), leaves.values(), create_graph=True)
+        return torch.autograd.grad(grads, leaves.values(), direction.values())
+
+    def forward_over_reverse():
+        def one(params, direction, *batch):
+            return jvp(lambda params: grad(loss)(params, *batch), (params,), (direction,))[1]
+
+        return list(vmap(one)(params, direction, *support).values())
+
+    with metafast.use_backend("fused"), metafast.accelerate(model):
+        assert_equal({"forward over reverse": forward_over_reverse}, reverse_over_reverse())
+        measure("reverse over reverse", reverse_over_reverse, {"forward over reverse": forward_over_reverse})
+        own, other = (peak_memory(call, device) for call in (reverse_over_reverse, forward_over_reverse))
+        compare("memory", "forward over reverse", own, other)
 
 
 # torch.compile imports what torch deprecates.

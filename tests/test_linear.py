@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.func import grad, jacfwd, jvp, vmap
+from torch.profiler import ProfilerActivity, profile
 from torch.utils import _pytree as pytree
 
+import metafast
+from metafast.backend import extension
 from metafast.ops.linear import linear
 from metafast.testing import relative_error
 
@@ -105,3 +110,105 @@ def test_autocast(generator: torch.Generator) -> None:
     for a, expected in zip(*results, strict=True):
         assert a.dtype == expected.dtype
         assert relative_error(a, expected) < 2e-2
+
+
+# Tasks, rows, columns and the depths of each product: whole and broken blocks, none, more than is laid out at a time.
+SIZES = [
+    (1, 1, 1, (1,)),
+    (3, 7, 5, (3, 0)),
+    (2, 33, 16, (40, 5)),
+    (4, 10, 5, (64,)),
+    (2, 13, 300, (270, 7, 1)),
+    (5, 6, 17, (300,)),
+    (3, 200, 48, (32, 64)),
+    (2, 4, 6, (0,)),
+    (0, 3, 4, (5,)),
+    (2, 0, 4, (5,)),
+]
+STARTS = {
+    "none": lambda *shape: None,
+    "a row": lambda tasks, rows, columns: (tasks, 1, columns),
+    "rows": lambda *shape: shape,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_kernel(size: tuple, start: str, dtype: torch.dtype, generator: torch.Generator) -> None:
+    """Against float64, however the factors lie; bit by bit the same into given memory, and over what is added to."""
+    op = kernel()
+    tasks, rows, columns, depths = size
+    (plain,) = draw(generator, STARTS[start](tasks, rows, columns)) if start != "none" else (None,)
+    added = None if plain is None else plain.to(dtype)
+    for transposed in (False, True):
+        lefts = [x.to(dtype) for x in draw(generator, *((tasks, rows, depth) for depth in depths))]
+        rights = [x.to(dtype) for x in draw(generator, *((tasks, depth, columns) for depth in depths))]
+        if transposed:
+            lefts, rights = ([x.mT.contiguous().mT for x in factors] for factors in (lefts, rights))
+        exact = sum(a.double() @ b.double() for a, b in zip(lefts, rights, strict=True))
+        size_of = sum(a.double().abs() @ b.double().abs() for a, b in zip(lefts, rights, strict=True))
+        if added is not None:
+            exact, size_of = exact + added.double(), size_of + added.double().abs()
+        found = op(added, lefts, rights)
+        assert found.shape == (tasks, rows, columns)
+        assert found.dtype == dtype
+        assert ((found.double() - exact).abs() <= 4 * (1 + max(depths)) ** 0.5 * torch.finfo(dtype).eps * size_of).all()
+        given = torch.full_like(found, torch.nan)
+        op.out(added, lefts, rights, out0=given)
+        assert torch.equal(given, found)
+        if start == "rows":
+            over = added.clone()
+            op.out(over, lefts, rights, out0=over)
+            assert torch.equal(over, found)
+    if found.numel():
+        torch.library.opcheck(op.default, (added, lefts, rights), test_utils=("test_schema", "test_faketensor"))
+
+
+def test_kernel_writes_nothing_beside_its_result(generator: torch.Generator) -> None:
+    op = kernel()
+    x, w, whole = (t.float() for t in draw(generator, (2, 5, 9), (2, 9, 3), (2, 7, 40)))
+    before = whole.clone()
+    result = whole[:, 1:6, 11:14]
+    op.out(None, [x], [w], out0=result)
+    assert relative_error(result, x @ w) < 1e-6
+    result.copy_(before[:, 1:6, 11:14])
+    assert torch.equal(whole, before)
+
+
+@pytest.mark.parametrize(
+    ("start", "left", "right"),
+    [
+        (None, (2, 3, 4), (2, 5, 6)),
+        (None, (2, 3, 4), (3, 4, 6)),
+        ((2, 2, 6), (2, 3, 4), (2, 4, 6)),
+        (None, (3, 4), (4, 6)),
+    ],
+)
+def test_kernel_refuses_other_shapes(start: tuple | None, left: tuple, right: tuple) -> None:
+    with pytest.raises(RuntimeError, match="sum_of_products"):
+        kernel()(None if start is None else torch.zeros(start), [torch.zeros(left)], [torch.zeros(right)])
+
+
+def test_takes_the_kernel_or_torchs_products(generator: torch.Generator) -> None:
+    """The kernel beneath autograd; the reference backend torch's own: the same values and derivatives of both orders."""
+    kernel()
+    inputs = draw(generator, (3, 8, 5), (3, 6, 5), (3, 6))
+    results, names = [], []
+    for backend in ("fused", "reference"):
+        with metafast.use_backend(backend), profile(activities=[ProfilerActivity.CPU], acc_events=True) as recorded:
+            leaves = [x.clone().requires_grad_() for x in inputs]
+            out = vmap(linear)(*leaves)
+            first = torch.autograd.grad(out.pow(3).sum(), leaves, create_graph=True)
+            results.append((out, *first, *torch.autograd.grad(sum(g.pow(2).sum() for g in first), leaves)))
+        names.append([event.name for event in recorded.events()])
+    for a, b in zip(*results, strict=True):
+        assert relative_error(a, b) < 1e-13
+    assert names[0].count("metafast::sum_of_products") == 5
+    assert "metafast::sum_of_products" not in names[1]
+
+
+def kernel() -> Any:
+    if extension() is None:
+        pytest.skip("the extension is not built")
+    return torch.ops.metafast.sum_of_products

@@ -5,10 +5,9 @@
 
 #include <algorithm>
 #include <atomic>
-#include <memory>
-#include <new>
 #include <vector>
 
+#include "cpu/aligned_memory.h"
 #include "cpu/attention_problem.h"
 #include "cpu/products.h"
 
@@ -58,21 +57,6 @@ Operand<T> rows_of(const Matrices<T>& tensor, const Panel& panel) {
 template <typename T>
 Operand<T> keys_of(const Matrices<T>& tensor, const Panel& panel, int64_t group) {
   return {tensor.at(panel.batch, panel.head / group) + panel.begin * tensor.row_stride, tensor.row_stride};
-}
-
-// Uninitialised memory in which vectors do not straddle lines of the cache, as half of them would in what plain new returns.
-constexpr std::align_val_t cache_line{64};
-
-struct FreeAligned {
-  void operator()(void* memory) const { ::operator delete(memory, cache_line); }
-};
-
-template <typename T>
-using Memory = std::unique_ptr<T[], FreeAligned>;
-
-template <typename T>
-Memory<T> aligned_memory(int64_t size) {
-  return Memory<T>(static_cast<T*>(::operator new(size_t(size) * sizeof(T), cache_line)));
 }
 
 // Scratch of one thread: buffers for the scores of a panel, and what is laid out once for all panels of a key head, the

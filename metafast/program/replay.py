@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from metafast.ops.linear import library as _library  # noqa: F401 - defines an op that is named below
 from metafast.program.aliases import Aliases, Root, aliased_argument, reshapes_in_place, results, written_arguments
 from metafast.program.memory import Arena
 from metafast.program.rewrite import simplify
@@ -175,7 +176,7 @@ class _Build:
         An elementwise call may with any of its arguments, a product that is added to something with that.
         """
         pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
-        if len(results(node)) != 1 or not (pointwise or node.target is torch.ops.aten.baddbmm.default):
+        if len(results(node)) != 1 or not (pointwise or node.target in _ADDED_TO_FIRST):
             return None
         if any(root in self._parts for root in self._aliases.of(node)):
             return None
@@ -267,6 +268,10 @@ _SHAPED_LIKE = {
     torch.ops.aten.new_ones.default,
     torch.ops.aten.new_full.default,
 }
+
+
+# Their result is their first argument and something else, which may take its place.
+_ADDED_TO_FIRST = {torch.ops.aten.baddbmm.default, torch.ops.metafast.sum_of_products.default}
 
 
 # The position of the argument that is an offset into memory.

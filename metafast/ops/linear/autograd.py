@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metafast.ops.functions import Function, is_forward_over_forward, save
+from metafast.ops.functions import Function, has_cpu_kernels, is_forward_over_forward, save
+from metafast.ops.linear import library as _library  # noqa: F401 - defines the op
 
 _torch_linear = torch.nn.functional.linear
 
@@ -81,9 +82,9 @@ def linear_of_tasks(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
 
 
 def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if bias is None:
-        return torch.bmm(rows, weight.mT)
-    return torch.baddbmm(bias.unsqueeze(1), rows, weight.mT)
+    product = _sum(None if bias is None else bias.unsqueeze(1), (rows, weight.mT))
+    assert product is not None
+    return product
 
 
 def _as_autocast(tensor: Tensor) -> Tensor:
@@ -107,7 +108,7 @@ class _TasksLinear(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight = ctx.saved_tensors
         if torch._C._are_functorch_transforms_active():
-            # A batch of gradients (is_grads_batched).
+            # A batch of gradients.
             return _gradients(grad, rows, weight, ctx.needs_input_grad)
         return _TasksLinearBackward.apply(grad, rows, weight, ctx.needs_input_grad)
 
@@ -140,7 +141,7 @@ class _TasksLinearBackward(Function):
         pairs = ((by_rows, weight.mT), (rows, None if by_weight is None else by_weight.mT))
         return (
             _sum(start, *pairs) if ctx.needs_input_grad[0] else None,
-            torch.bmm(grad, by_weight) if by_weight is not None and ctx.needs_input_grad[1] else None,
+            _sum(None, (grad, by_weight)) if ctx.needs_input_grad[1] else None,
             torch.bmm(grad.mT, by_rows) if by_rows is not None and ctx.needs_input_grad[2] else None,
             None,
         )
@@ -159,7 +160,7 @@ class _TasksLinearBackward(Function):
 
 def _gradients(grad: Tensor, rows: Tensor, weight: Tensor, needed: Sequence[bool]) -> tuple[Tensor | None, ...]:
     return (
-        torch.bmm(grad, weight) if needed[0] else None,
+        _sum(None, (grad, weight)) if needed[0] else None,
         torch.bmm(grad.mT, rows) if needed[1] else None,
         grad.sum(1) if needed[2] else None,
     )
@@ -167,8 +168,16 @@ def _gradients(grad: Tensor, rows: Tensor, weight: Tensor, needed: Sequence[bool
 
 def _sum(start: Tensor | None, *pairs: tuple[Tensor | None, Tensor | None]) -> Tensor | None:
     """``start`` and the product of each pair, of those that there are."""
+    present = [(left, right) for left, right in pairs if left is not None and right is not None]
+    if not present:
+        return start
+    lefts, rights = zip(*present, strict=True)
+    tensors = [*lefts, *rights] if start is None else [start, *lefts, *rights]
+    # The kernel has neither derivatives nor a batching rule (is_grads_batched brings a vmap of its own).
+    beneath = not torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
+    if beneath and has_cpu_kernels(*tensors) and not any(map(torch._C._functorch.is_legacy_batchedtensor, tensors)):
+        return torch.ops.metafast.sum_of_products(start, lefts, rights)
     total = start
-    for left, right in pairs:
-        if left is not None and right is not None:
-            total = torch.bmm(left, right) if total is None else torch.baddbmm(total, left, right)
+    for left, right in present:
+        total = torch.bmm(left, right) if total is None else torch.baddbmm(total, left, right)
     return total
