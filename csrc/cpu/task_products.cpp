@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <numeric>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -67,9 +68,10 @@ void run(const TaskProducts<T>& kernels, const std::optional<Tensor>& start, con
   int64_t depth = 0;
   for (const Tensor& left : lefts) depth += left.size(2);
   const int64_t threads = torch::stable::get_num_threads(), work = rows * columns * std::max<int64_t>(depth, 1);
-  // A task's rows are shared out where tasks alone would leave a thread idle.
-  const int64_t pieces = tasks % threads == 0 || work < worth_a_thread ? 1 : std::min(threads, (rows + 5) / 6);
-  torch::stable::parallel_for(0, tasks * pieces, std::max<int64_t>(1, worth_a_thread * pieces / std::max<int64_t>(work, 1)), [&](int64_t begin, int64_t end) {
+  // A task's rows are shared out, in as few pieces as leave no thread idle: each lays the right factors out anew.
+  const int64_t pieces = work < worth_a_thread ? 1 : std::min(threads / std::gcd(tasks, threads), (rows + 5) / 6);
+  const int64_t fewest = std::max<int64_t>(1, worth_a_thread * pieces / std::max<int64_t>(work, 1));
+  torch::stable::parallel_for(0, tasks * pieces, fewest, [&](int64_t begin, int64_t end) {
     const auto packed = aligned_memory<T>(kernels.packed_size);
     std::vector<Term<T>> terms;
     for (int64_t i = begin; i < end; ++i) {
