@@ -90,21 +90,6 @@ METAFAST_RUN(run_half_to_rows, of_to_rows, 1)
 METAFAST_RUN(run_to_keys, of_to_keys, 2)
 #undef METAFAST_RUN
 
-// Rows in groups of at most six, as equal as can be, the larger ones first: [first(g), first(g + 1)) is the g-th.
-struct Groups {
-  explicit Groups(int64_t rows) : count((rows + 5) / 6), size(rows / std::max<int64_t>(count, 1)), larger(rows - count * size) {}
-  int64_t first(int64_t g) const { return g * size + std::min(g, larger); }
-  int64_t count, size, larger;
-};
-
-void pack(int64_t columns, int64_t depth, const REAL* keys, int64_t stride, REAL* blocked) {
-  for (int64_t j = 0; j < columns; j += block) {
-    const int64_t n = std::min(block, columns - j);
-    if (n < block) std::fill(blocked + j * depth, blocked + (j + block) * depth, REAL(0));
-    transpose(n, depth, keys + j * stride, stride, blocked + j * depth, block);
-  }
-}
-
 void unpack(int64_t columns, int64_t depth, const REAL* blocked, REAL* keys, int64_t stride) {
   for (int64_t j = 0; j < columns; j += block) {
     transpose(depth, std::min(block, columns - j), blocked + j * depth, block, keys + j * stride, stride);

@@ -50,7 +50,7 @@ struct TaskProducts {
 
 #include "cpu/both_types.inl"
 
-// Operations that are worth a thread's start.
+// Multiply-adds that are worth a thread's start.
 constexpr int64_t worth_a_thread = 1 << 18;
 
 Tensor with_plain_rows(const Tensor& tensor) {
@@ -84,8 +84,8 @@ void run(const TaskProducts<T>& kernels, const std::optional<Tensor>& start, con
                          right.stride(1), right.stride(2), left.size(2)});
       }
       T* to = matrix_of<T>(out, task) + first * out.stride(1);
-      const T* from = start ? matrix_of<const T>(*start, task) + (start->size(1) > 1 ? first * start->stride(1) : 0) : nullptr;
       const int64_t from_row = start && start->size(1) > 1 ? start->stride(1) : 0;
+      const T* from = start ? matrix_of<const T>(*start, task) + first * from_row : nullptr;
       if (terms.empty()) {
         for (int64_t r = 0; r < last - first; ++r) {
           if (from) std::copy_n(from + r * from_row, columns, to + r * out.stride(1));

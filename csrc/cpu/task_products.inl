@@ -51,17 +51,14 @@ void tile_of(int64_t rows, int64_t depth, const REAL* a, int64_t a_row, const RE
 
 // packed[j / block][k][j % block] = right[k][j], and zeros after the last column.
 void lay_out(int64_t depth, int64_t columns, const REAL* right, int64_t row, int64_t column, REAL* packed) {
+  if (row == 1) return pack(columns, depth, right, column, packed);
   for (int64_t j = 0; j < columns; j += block, packed += depth * block) {
     const int64_t n = std::min(block, columns - j);
     if (n < block) std::fill(packed, packed + depth * block, REAL(0));
-    if (row == 1) {
-      transpose(n, depth, right + j * column, column, packed, block);
-    } else {
-      for (int64_t k = 0; k < depth; ++k) {
-        const REAL* from = right + k * row + j * column;
-        if (n == block && column == 1) std::copy(from, from + block, packed + k * block);
-        else for (int64_t c = 0; c < n; ++c) packed[k * block + c] = from[c * column];
-      }
+    for (int64_t k = 0; k < depth; ++k) {
+      const REAL* from = right + k * row + j * column;
+      if (n == block && column == 1) std::copy(from, from + block, packed + k * block);
+      else for (int64_t c = 0; c < n; ++c) packed[k * block + c] = from[c * column];
     }
   }
 }
@@ -69,10 +66,10 @@ void lay_out(int64_t depth, int64_t columns, const REAL* right, int64_t row, int
 // to = from + left right; from may be to, or null for 0.
 void product(int64_t rows, int64_t columns, int64_t depth, const REAL* left, int64_t left_row, const REAL* packed, const REAL* from,
              int64_t from_row, REAL* to, int64_t to_row) {
-  const int64_t groups = (rows + 5) / 6;
+  const Groups groups(rows);
   REAL edge[6 * block];
-  for (int64_t g = 0; g < groups; ++g) {
-    const int64_t i = g * rows / groups, n = (g + 1) * rows / groups - i;
+  for (int64_t g = 0; g < groups.count; ++g) {
+    const int64_t i = groups.first(g), n = groups.first(g + 1) - i;
     const REAL* a = left + i * left_row;
     for (int64_t j = 0; j < columns; j += block) {
       const REAL* b = packed + j * depth;

@@ -1,4 +1,5 @@
-// Included inside of CAPABILITY_NAMESPACE by what multiplies matrices: vectors of the instruction set, and transposition.
+// Included inside of CAPABILITY_NAMESPACE by what multiplies matrices: vectors of the instruction set, how rows are grouped into
+// tiles, and the blocked layout (see products.h).
 
 typedef REAL Vector __attribute__((vector_size(VECTOR_BYTES)));
 typedef REAL UnalignedVector __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(REAL)), may_alias));
@@ -7,6 +8,13 @@ constexpr int64_t width = VECTOR_BYTES / sizeof(REAL), block = 2 * width;
 
 inline __attribute__((always_inline)) Vector load(const REAL* from) { return *reinterpret_cast<const UnalignedVector*>(from); }
 inline __attribute__((always_inline)) void store(Vector vector, REAL* to) { *reinterpret_cast<UnalignedVector*>(to) = vector; }
+
+// Rows in groups of at most six, as equal as can be, the larger ones first: [first(g), first(g + 1)) is the g-th.
+struct Groups {
+  explicit Groups(int64_t rows) : count((rows + 5) / 6), size(rows / std::max<int64_t>(count, 1)), larger(rows - count * size) {}
+  int64_t first(int64_t g) const { return g * size + std::min(g, larger); }
+  int64_t count, size, larger;
+};
 
 // A square of four, transposed by shuffles of vectors of four where an element at a time would take several times as long.
 typedef REAL Four __attribute__((vector_size(4 * sizeof(REAL))));
@@ -34,5 +42,13 @@ void transpose(int64_t rows, int64_t columns, const REAL* from, int64_t from_str
   }
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t c = r < whole_rows ? whole_columns : 0; c < columns; ++c) to[c * to_stride + r] = from[r * from_stride + c];
+  }
+}
+
+void pack(int64_t columns, int64_t depth, const REAL* keys, int64_t stride, REAL* blocked) {
+  for (int64_t j = 0; j < columns; j += block) {
+    const int64_t n = std::min(block, columns - j);
+    if (n < block) std::fill(blocked + j * depth, blocked + (j + block) * depth, REAL(0));
+    transpose(n, depth, keys + j * stride, stride, blocked + j * depth, block);
   }
 }

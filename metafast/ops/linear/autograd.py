@@ -68,11 +68,11 @@ class _Linear(Function):
         rows = input.reshape(tasks, -1, input.shape[-1])
         if bias is not None:
             bias = bias.expand(tasks, *bias.shape) if bias_dim is None else bias.movedim(bias_dim, 0)
-        out = linear_of_tasks(rows, weight, bias)
+        out = _linear_of_tasks(rows, weight, bias)
         return out.reshape(*input.shape[:-1], out.shape[-1]), 0
 
 
-def linear_of_tasks(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _linear_of_tasks(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``rows @ weight.mT + bias`` for ``[T, rows, in]``, ``[T, out, in]`` and ``[T, out]``."""
     if torch._C._are_functorch_transforms_active():
         return _product(rows, weight, bias)
