@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
 from metafast.backend import extension
+from metafast.ops.linear import linear
 
 # Tasks, rows of a task, width. Layers are as wide, twice (feed-forward) and three times (query, key and value).
 SIZES = {"S": (4, 320, 64), "M": (4, 640, 128), "L": (2, 1280, 256), "X": (2, 2048, 128)}
@@ -37,3 +40,22 @@ def test_products(name, factor, terms, measure, device, benchmark):
     own(), peer()
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     measure("metafast", own, {"torch.baddbmm": peer}, rounds=40)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_bfloat16(name, measure, device, benchmark):
+    """A layer of one set of weights, forward and backward, under autocast."""
+    tasks, rows, width = SIZES[name]
+    benchmark.group = f"{name}, {width} to {width}, bfloat16"
+    torch.manual_seed(0)
+    x, cotangent = (torch.randn(tasks * rows, width, device=device, dtype=torch.bfloat16) for _ in range(2))
+    weight, bias = (torch.randn(*shape, device=device, requires_grad=True) for shape in ((width, width), (width,)))
+
+    def step(function):
+        with torch.autocast(device, dtype=torch.bfloat16):
+            out = function(x, weight, bias)
+        return torch.autograd.grad(out, (weight, bias), cotangent)
+
+    own, peer = (functools.partial(step, function) for function in (linear, torch.nn.functional.linear))
+    torch.testing.assert_close(own(), peer(), rtol=2e-2, atol=2e-2 * rows**0.5)
+    measure("metafast", own, {"torch": peer}, rounds=10)

@@ -112,6 +112,32 @@ def test_autocast(generator: torch.Generator) -> None:
         assert relative_error(a, expected) < 2e-2
 
 
+@pytest.mark.parametrize("rows", [(4,), (2, 3), ()], ids=str)
+@pytest.mark.parametrize("tasks", [0, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_types(dtype: torch.dtype, tasks: int, rows: tuple, generator: torch.Generator) -> None:
+    """To second order as close to float64 as torch is, one task after the other; whichever computes the products."""
+    lead = (tasks,) if tasks else ()
+    drawn = draw(generator, (*lead, *rows, 40), (*lead, 24, 40), (*lead, 24))
+    weights = draw(generator, (*lead, *rows, 24), *(t.shape for t in drawn))
+
+    def loop(*inputs: torch.Tensor) -> torch.Tensor:
+        return torch.stack([F.linear(*one) for one in zip(*inputs, strict=True)]) if tasks else F.linear(*inputs)
+
+    results = []
+    for function, of in ((loop, torch.float64), (loop, dtype), (vmap(linear) if tasks else linear, dtype)):
+        # What is rounded to the smaller type is the same for all.
+        inputs = [t.to(dtype).to(of).requires_grad_() for t in drawn]
+        out = function(*inputs)
+        of_out, *of_grads = (w.to(dtype).to(of) for w in weights)
+        first = torch.autograd.grad(out, inputs, of_out, create_graph=True)
+        second = torch.autograd.grad(first[:2], inputs[:2], of_grads[:2])
+        assert all(t.dtype == of for t in (out, *first, *second))
+        results.append([t.detach().double() for t in (out, *first, *second)])
+    for exact, theirs, ours in zip(*results, strict=True):
+        assert relative_error(ours, exact) <= max(2 * relative_error(theirs, exact), torch.finfo(dtype).eps)
+
+
 # Tasks, rows, columns and the depths of each product: whole and broken blocks, none, more than is laid out at a time.
 SIZES = [
     (1, 1, 1, (1,)),

@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metafast.ops.functions import Function, has_cpu_kernels, is_forward_over_forward, save
-from metafast.ops.linear import library as _library  # noqa: F401 - defines the op
+from metafast.ops.functions import Function, is_forward_over_forward, save
+from metafast.ops.linear import products
 
 _torch_linear = torch.nn.functional.linear
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``input @ weight.T + bias``, for ``torch.func.vmap`` over weights of several tasks.
+    """``input @ weight.T + bias``, for ``torch.func.vmap`` over weights of several tasks, and for types that the CPU has no
+    instructions for.
 
     Args:
         input: ``[*, in]``.
@@ -25,9 +26,16 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         ``[*, out]``.
     """
-    if weight.ndim != 2 or not torch._C._are_functorch_transforms_active() or is_forward_over_forward():
+    if weight.ndim != 2 or is_forward_over_forward():
         return _torch_linear(input, weight, bias)
-    return _Linear.apply(input, weight, bias)
+    if torch._C._are_functorch_transforms_active():
+        return _Linear.apply(input, weight, bias)
+    rows = _as_autocast(input)
+    if rows.ndim > 1 and products.are_slow(rows):
+        # As one task of many rows.
+        out = _linear_of_tasks(rows.reshape(1, -1, rows.shape[-1]), weight[None], None if bias is None else bias[None])
+        return out.reshape(*input.shape[:-1], -1)
+    return _torch_linear(input, weight, bias)
 
 
 class _Linear(Function):
@@ -82,7 +90,7 @@ def _linear_of_tasks(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
 
 
 def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    product = _sum(None if bias is None else bias.unsqueeze(1), (rows, weight.mT))
+    product = products.total(None if bias is None else bias.unsqueeze(1), (rows, weight.mT))
     assert product is not None
     return product
 
@@ -116,7 +124,7 @@ class _TasksLinear(Function):
     def jvp(ctx: Any, rows_tangent: Tensor, weight_tangent: Tensor, bias_tangent: Tensor | None) -> Tensor | None:
         rows, weight = ctx.saved_tensors
         start = None if bias_tangent is None else bias_tangent.unsqueeze(1)
-        return _sum(start, (rows_tangent, weight.mT), (rows, weight_tangent.mT))
+        return products.total(start, (rows_tangent, weight.mT), (rows, weight_tangent.mT))
 
 
 class _TasksLinearBackward(Function):
@@ -140,9 +148,9 @@ class _TasksLinearBackward(Function):
         start = None if by_bias is None else by_bias.unsqueeze(1).expand_as(grad)
         pairs = ((by_rows, weight.mT), (rows, None if by_weight is None else by_weight.mT))
         return (
-            _sum(start, *pairs) if ctx.needs_input_grad[0] else None,
-            _sum(None, (grad, by_weight)) if ctx.needs_input_grad[1] else None,
-            torch.bmm(grad.mT, by_rows) if by_rows is not None and ctx.needs_input_grad[2] else None,
+            products.total(start, *pairs) if ctx.needs_input_grad[0] else None,
+            products.total(None, (grad, by_weight)) if ctx.needs_input_grad[1] else None,
+            products.product(grad.mT, by_rows) if by_rows is not None and ctx.needs_input_grad[2] else None,
             None,
         )
 
@@ -152,32 +160,15 @@ class _TasksLinearBackward(Function):
     ) -> tuple[Tensor | None, ...]:
         grad, rows, weight = ctx.saved_tensors
         return (
-            _sum(None, (by_grad, weight), (grad, by_weight)),
-            _sum(None, (None if by_grad is None else by_grad.mT, rows), (grad.mT, by_rows)),
+            products.total(None, (by_grad, weight), (grad, by_weight)),
+            products.total(None, (None if by_grad is None else by_grad.mT, rows), (grad.mT, by_rows)),
             None if by_grad is None else by_grad.sum(1),
         )
 
 
 def _gradients(grad: Tensor, rows: Tensor, weight: Tensor, needed: Sequence[bool]) -> tuple[Tensor | None, ...]:
     return (
-        _sum(None, (grad, weight)) if needed[0] else None,
-        torch.bmm(grad.mT, rows) if needed[1] else None,
+        products.total(None, (grad, weight)) if needed[0] else None,
+        products.product(grad.mT, rows) if needed[1] else None,
         grad.sum(1) if needed[2] else None,
     )
-
-
-def _sum(start: Tensor | None, *pairs: tuple[Tensor | None, Tensor | None]) -> Tensor | None:
-    """``start`` and the product of each pair, of those that there are."""
-    present = [(left, right) for left, right in pairs if left is not None and right is not None]
-    if not present:
-        return start
-    lefts, rights = zip(*present, strict=True)
-    tensors = [*lefts, *rights] if start is None else [start, *lefts, *rights]
-    # The kernel has neither derivatives nor a batching rule (is_grads_batched brings a vmap of its own).
-    beneath = not torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
-    if beneath and has_cpu_kernels(*tensors) and not any(map(torch._C._functorch.is_legacy_batchedtensor, tensors)):
-        return torch.ops.metafast.sum_of_products(start, lefts, rights)
-    total = start
-    for left, right in present:
-        total = torch.bmm(left, right) if total is None else torch.baddbmm(total, left, right)
-    return total

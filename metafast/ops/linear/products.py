@@ -1,0 +1,56 @@
+"""The matrix products of linear layers, each by what computes it fastest."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from metafast.backend import requested_backend
+from metafast.ops.functions import has_cpu_kernels
+from metafast.ops.linear import library as _library  # noqa: F401 - defines the op
+
+_SUPPORTED = {
+    torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+    torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+}
+
+
+def are_slow(tensor: Tensor) -> bool:
+    """Whether torch's products of this type run without instructions for it: at a tenth to a hundredth of float32's rate."""
+    return (
+        tensor.device.type == "cpu"
+        and tensor.dtype in _SUPPORTED
+        and requested_backend() != "reference"
+        and not torch.compiler.is_compiling()
+        and not _SUPPORTED[tensor.dtype]()
+    )
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right``, batched, by torch: what is best where ``left`` is transposed."""
+    if are_slow(left):
+        with torch.autocast("cpu", enabled=False):
+            return torch.bmm(left.float(), right.float()).to(left.dtype)
+    return torch.bmm(left, right)
+
+
+def total(start: Tensor | None, *pairs: tuple[Tensor | None, Tensor | None]) -> Tensor | None:
+    """``start`` and the product of each pair, of those that there are."""
+    present = [(left, right) for left, right in pairs if left is not None and right is not None]
+    if not present:
+        return start
+    if are_slow(present[0][0]):
+        with torch.autocast("cpu", enabled=False):
+            result = total(None if start is None else start.float(), *((a.float(), b.float()) for a, b in present))
+        assert result is not None
+        return result.to(present[0][0].dtype)
+    lefts, rights = zip(*present, strict=True)
+    tensors = [*lefts, *rights] if start is None else [start, *lefts, *rights]
+    # The kernel has neither derivatives nor a batching rule (is_grads_batched brings a vmap of its own).
+    beneath = not torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
+    if beneath and has_cpu_kernels(*tensors) and not any(map(torch._C._functorch.is_legacy_batchedtensor, tensors)):
+        return torch.ops.metafast.sum_of_products(start, lefts, rights)
+    result = start
+    for left, right in present:
+        result = torch.bmm(left, right) if result is None else torch.baddbmm(result, left, right)
+    return result
