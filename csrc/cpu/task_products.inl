@@ -7,8 +7,10 @@ namespace CAPABILITY_NAMESPACE {
 #include "cpu/vectors.inl"
 
 // Of the summed index, and of columns: what is laid out of the right factor at a time stays in the second cache, and a block of
-// its columns in the first.
+// its columns in the first, while groups of rows pass by.
 constexpr int64_t depth_at_a_time = 1024 / sizeof(REAL), columns_at_a_time = 1024 / sizeof(REAL);
+// Groups of rows that pass a block of columns by before the next block.
+constexpr int64_t groups_at_a_time = 16;
 
 // from + sum_k a_k b_k over `depth`, for `rows` rows and a block of columns, b laid out in rows of a block. Without a `from`, 0.
 // The accumulators stay in registers: six rows of two vectors, and the operands, are what sixteen registers hold.
@@ -68,20 +70,23 @@ void product(int64_t rows, int64_t columns, int64_t depth, const REAL* left, int
              int64_t from_row, REAL* to, int64_t to_row) {
   const Groups groups(rows);
   REAL edge[6 * block];
-  for (int64_t g = 0; g < groups.count; ++g) {
-    const int64_t i = groups.first(g), n = groups.first(g + 1) - i;
-    const REAL* a = left + i * left_row;
+  for (int64_t some = 0; some < groups.count; some += groups_at_a_time) {
+    const int64_t last = std::min(some + groups_at_a_time, groups.count);
     for (int64_t j = 0; j < columns; j += block) {
       const REAL* b = packed + j * depth;
-      if (columns - j >= block) {
-        tile_of(n, depth, a, left_row, b, from ? from + i * from_row + j : nullptr, from_row, to + i * to_row + j, to_row);
-        continue;
+      for (int64_t g = some; g < last; ++g) {
+        const int64_t i = groups.first(g), n = groups.first(g + 1) - i;
+        const REAL* a = left + i * left_row;
+        if (columns - j >= block) {
+          tile_of(n, depth, a, left_row, b, from ? from + i * from_row + j : nullptr, from_row, to + i * to_row + j, to_row);
+          continue;
+        }
+        // What lies beyond the last column is not ours to read or write.
+        std::fill(edge, edge + 6 * block, REAL(0));
+        for (int64_t r = 0; from && r < n; ++r) std::copy_n(from + (i + r) * from_row + j, columns - j, edge + r * block);
+        tile_of(n, depth, a, left_row, b, edge, block, edge, block);
+        for (int64_t r = 0; r < n; ++r) std::copy_n(edge + r * block, columns - j, to + (i + r) * to_row + j);
       }
-      // What lies beyond the last column is not ours to read or write.
-      std::fill(edge, edge + 6 * block, REAL(0));
-      for (int64_t r = 0; from && r < n; ++r) std::copy_n(from + (i + r) * from_row + j, columns - j, edge + r * block);
-      tile_of(n, depth, a, left_row, b, edge, block, edge, block);
-      for (int64_t r = 0; r < n; ++r) std::copy_n(edge + r * block, columns - j, to + (i + r) * to_row + j);
     }
   }
 }

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import bisect
+import mmap
 from dataclasses import dataclass, field
+
+import torch
 
 # Of every place, in bytes: a cache line, and what vector instructions like.
 ALIGNMENT = 64
@@ -60,3 +63,16 @@ class Arena:
 def rounded(size: int) -> int:
     """Bytes that a place of ``size`` takes."""
     return -(-max(size, 1) // ALIGNMENT) * ALIGNMENT
+
+
+def block(size: int, device: torch.device) -> torch.UntypedStorage:
+    """Memory for an arena of ``size`` bytes.
+
+    On the CPU of huge pages, where Linux gives them to those who ask: a replay goes through all of the block, more than the
+    processor finds the addresses of small pages for at a time.
+    """
+    if device.type != "cpu" or not size or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(size, dtype=torch.uint8, device=device).untyped_storage()
+    memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from metafast.ops.linear import library as _library  # noqa: F401 - defines an op that is named below
 from metafast.program.aliases import Aliases, Root, aliased_argument, reshapes_in_place, results, written_arguments
-from metafast.program.memory import Arena
+from metafast.program.memory import Arena, block
 from metafast.program.rewrite import simplify
 from metafast.program.stacks import parts_of_stacks
 from metafast.program.trace import draws_random_numbers, record
@@ -95,7 +95,7 @@ class _Build:
         self._over: dict[fx.Node, fx.Node] = {}
         self._places, self.bytes = self._plan()
         device = inputs[0].device
-        self._memory = torch.empty(self.bytes, dtype=torch.uint8, device=device).untyped_storage()
+        self._memory = block(self.bytes, device)
         self.inputs: list[Tensor] = []
         self.calls: list[Call] = []
         self.outputs: list[Any] = []
