@@ -77,6 +77,7 @@ MASKS: dict[str, Callable[[LayoutCase], Tensor]] = {
     ),
     "additive of middle lead": lambda case: additive(random_mask(1, case.lead[1], 1, 1, 1, case.columns), -torch.inf),
     "additive of rows": lambda case: torch.randn(case.heads, case.rows, 1),
+    "additive of whole rows": lambda case: additive(random_mask(case.rows, 1), -torch.inf),
     "additive of keys": lambda case: additive(random_mask(1, 1, case.columns), -torch.inf),
     "additive of one": lambda case: torch.randn(1, 1, 1),
     "additive expanded": lambda case: torch.randn(case.columns).expand(*case.lead, case.heads, case.rows, case.columns),
@@ -148,12 +149,24 @@ LAYOUT_CASES = [
     LayoutCase("window of few of many", 130, 200, heads=1, window=(3, 40)),
     LayoutCase("large common offset of keys", 70, 66, 64, heads=1, key_offset=30.0),
 ]
+# The gradients of masks of one column are sums of whole rows of dS, zero but for rounding.
+ONE_COLUMN_CASES = [
+    LayoutCase("one key, 60 rows", 60, 1, 4, mask="additive of rows"),
+    LayoutCase("one key, one number", 60, 1, 4, mask="additive of one"),
+    LayoutCase("one row and key", 1, 1, mask="additive of rows"),
+    LayoutCase("several blocks", 40, 130, heads=1, mask="additive of rows"),
+    LayoutCase("one number", 40, 40, 8, mask="additive of one"),
+    LayoutCase("some rows of nothing, dropout", 20, 40, 8, key_heads=1, mask="additive of whole rows", dropout_p=0.3),
+    LayoutCase("window", 60, 60, 8, heads=1, mask="additive of rows", window=(3, 2)),
+    LayoutCase("causal, offset", 33, 33, heads=1, mask="additive of whole rows", window=(-1, 0), key_offset=30.0),
+]
 HALF_CASES = [
     LayoutCase("half, plain", 64, 64, 64),
     LayoutCase("half, causal", 70, 70, 64, window=(-1, 0)),
     LayoutCase("half, grouped heads", 33, 21, 64, heads=4, key_heads=2, window=(9, 5)),
     LayoutCase("half, additive mask", 70, 66, 64, mask="additive of keys", lead=(1,), dropout_p=0.3),
     *(case for case in LAYOUT_CASES if case.name in ("width 5, values 3", "large common offset of keys")),
+    *(case for case in ONE_COLUMN_CASES if case.name in ("one key, 60 rows", "several blocks")),
 ]
 
 
@@ -191,8 +204,8 @@ def tangent_of(mask: Tensor | None) -> Tensor | None:
     return torch.randn(mask.shape).to(mask.dtype) if additive else None
 
 
-def call_of_layout(case: LayoutCase, dtype: torch.dtype) -> Call:
-    torch.manual_seed(sum(map(ord, case.name)))
+def call_of_layout(case: LayoutCase, dtype: torch.dtype, draw: int = 0) -> Call:
+    torch.manual_seed(sum(map(ord, case.name)) + 1000 * draw)
     key_heads, value_dim = case.key_heads or case.heads, case.value_dim or case.head_dim
 
     def random(heads: int, rows: int, columns: int) -> Tensor:
@@ -357,6 +370,23 @@ def test_shared_cases_on_more_draws(name: str) -> None:
 @pytest.mark.parametrize("case", LAYOUT_CASES, ids=lambda case: case.name)
 def test_layouts_and_masks(case: LayoutCase) -> None:
     assert_close_to_exact(call_of_layout(case, torch.float32), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("case", ONE_COLUMN_CASES, ids=lambda case: case.name)
+def test_masks_of_one_column(case: LayoutCase) -> None:
+    draws = (call_of_layout(case, torch.float32, draw) for draw in range(3))
+    assert_close_to_exact(*draws, dtype=torch.float32)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of the NaN
+def test_masks_of_one_column_show_what_is_not_finite() -> None:
+    """Their gradient is zero in mathematics, but a row with NaN must not be given as zero."""
+    call = call_of_layout(LayoutCase("not finite", 5, 9, mask="additive of rows"), torch.float32)
+    call.grad_out[0, 1, 0], call.grad_out[1, 3, 0] = torch.nan, torch.inf
+    for name, result in kernel_results(call, torch.float32, True).items():
+        if name.endswith("mask"):
+            bad = ~result[..., 0].isfinite()
+            assert bad.nonzero().tolist() == [[0, 1], [1, 3]], name
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])

@@ -1,9 +1,10 @@
 """Triton's interpreter as a stand-in for a GPU: mends the places where it computes something else than the hardware.
 
 The kernels are run without a GPU under ``TRITON_INTERPRET=1``. Triton 3.6's interpreter then multiplies the bit
-patterns of bfloat16 matrices as integers, truncates when it rounds to bfloat16 where a GPU rounds to the nearest even,
-reads loop bounds in a way that NumPy 2.4 refuses, and spends most of its time patching ``triton.language`` anew at every
-call of a helper, although it stays patched. Nothing here has any effect on compiled kernels.
+patterns of bfloat16 matrices as integers, sums a product in another order than its transpose, truncates when it rounds to
+bfloat16 where a GPU rounds to the nearest even, reads loop bounds in a way that NumPy 2.4 refuses, and spends most of its
+time patching ``triton.language`` anew at every call of a helper, although it stays patched. Nothing here has any effect
+on compiled kernels.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from triton.runtime import interpreter
 def mend_interpreter() -> None:
     """Replaces the faulty operations of the interpreter, once a process."""
     builder = interpreter.InterpreterBuilder
-    patch_tensor, cast, dot = interpreter._patch_lang_tensor, builder.cast_impl, builder.create_dot
+    patch_tensor, cast = interpreter._patch_lang_tensor, builder.cast_impl
 
     def patched_tensor(tensor: Any, scope: Any) -> None:
         patch_tensor(tensor, scope)
@@ -33,10 +34,13 @@ def mend_interpreter() -> None:
             return interpreter.TensorHandle(rounded.view(torch.uint16).numpy(), target.scalar)
         return cast(self, source, target)
 
-    def dot_of_values(self: Any, left: Any, right: Any, *arguments: Any) -> Any:
+    def dot_in_order(self: Any, left: Any, right: Any, total: Any, *_: Any) -> Any:
         if left.dtype.scalar == tl.bfloat16:
             left, right = (cast(self, operand, tl.float32) for operand in (left, right))
-        return dot(self, left, right, *arguments)
+        # A BLAS, which np.matmul calls, sums in another order where operands are transposed. A row of dS with one key, zero
+        # in the kernel over queries, would then be the rounding of dP in the one over keys.
+        product = np.einsum("ij,jk->ik", left.data, right.data, dtype=total.data.dtype)
+        return interpreter.TensorHandle(product + total.data, total.dtype.scalar)
 
     patched_modules: set[str] = set()
 
@@ -48,4 +52,4 @@ def mend_interpreter() -> None:
 
     interpreter._patch_lang_tensor = patched_tensor
     interpreter.InterpretedFunction.__call__ = call_helper
-    builder.cast_impl, builder.create_dot = cast_to_nearest, dot_of_values
+    builder.cast_impl, builder.create_dot = cast_to_nearest, dot_in_order

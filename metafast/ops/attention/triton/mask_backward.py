@@ -140,6 +140,9 @@ def store_mask_tile(
     """Sums a tile over what its rows and columns share, and writes it."""
     start = (tl.cast(split, tl.int64) * gradient.batches + batch) * gradient.heads + head
     inside = tl.full([1, 1], 1, dtype=tl.int1)
+    if gradient.columns is None:
+        # Before the rows are summed: whole rows sum to zero, and columns to large numbers of both signs.
+        total = tl.sum(total, 1, keep_dims=True)
     if gradient.rows is not None:
         rows = first_row + tl.arange(0, QUERY_BLOCK)[:, None]
         inside = inside & (rows < gradient.rows)
@@ -151,8 +154,6 @@ def store_mask_tile(
         columns = first_column + tl.arange(0, KEY_BLOCK)[None, :]
         inside = inside & (columns < gradient.columns)
         index = index * gradient.columns + columns
-    else:
-        total = tl.sum(total, 1, keep_dims=True)
     tl.store(gradient.pointer + index, total.to(gradient.pointer.dtype.element_ty), mask=inside)
 
 
@@ -325,6 +326,7 @@ def mask_backward(
         problem,
         mask_backward_kernel,
         options[0],
+        "delta",
         grad_out=matrix(problem.flatten(grad_out)),
         query=matrix(problem.flatten(query)),
         key=matrix(problem.flatten(key)),
@@ -364,6 +366,7 @@ def mask_backward_jvp(
         problem,
         mask_backward_jvp_kernel,
         options[0],
+        "tangent_delta",
         grad_out=matrix(problem.flatten(grad_out)),
         query=matrix(problem.flatten(query)),
         key=matrix(problem.flatten(key)),
@@ -380,10 +383,19 @@ def mask_backward_jvp(
     )
 
 
-def _gradient(problem: Problem, kernel: Any, mask: Tensor | None, **arguments: Any) -> Tensor:
-    """Launches a kernel over tiles of the mask's gradient and adds its parts."""
+def _gradient(problem: Problem, kernel: Any, mask: Tensor | None, subtrahend: str, **arguments: Any) -> Tensor:
+    """The gradient of a mask by ``kernel``, which sums P * (… - the argument named ``subtrahend``: D or its tangent)."""
     if mask is None or mask.dtype == torch.bool:
         raise TypeError("attn_mask: only a floating mask has a gradient")
+    if mask.shape[-1] == 1:
+        # Whole rows are summed, to zero but for rounding: what the kernel finds instead is the error of what it subtracts.
+        statistic = arguments[subtrahend]
+        statistic += _sums(problem, kernel, statistic[..., None], **arguments)[..., 0]
+    return _sums(problem, kernel, mask, **arguments)
+
+
+def _sums(problem: Problem, kernel: Any, mask: Tensor, **arguments: Any) -> Tensor:
+    """Launches a kernel over tiles of the gradient, shaped and typed as ``mask``, and adds its parts."""
     lead, (heads, rows, columns) = mask.shape[:-3], mask.shape[-3:]
     batches = math.prod(lead)
     if mask.numel() == 0 or problem.batches == 0:
