@@ -50,29 +50,30 @@ inline Tensor output_like(const Tensor& input, int64_t columns) {
 
 inline Tensor output_like(const Tensor& input) { return output_like(input, input.size(input.dim() - 1)); }
 
-// A result: written as it is computed, and given in the type that is asked for.
+// A result: written as it is computed, and given in the type and the memory order that are asked for.
 class Output {
  public:
-  explicit Output(const Tensor& given) : tensor(is_half(given) ? torch::stable::to(given, ScalarType::Float) : given), given_(given) {}
+  explicit Output(const Tensor& given) : Output(given, rows_as_read(given)) {}
+  Output(const Tensor& given, const Tensor& written) : tensor(written), given_(given) {}
 
   const Tensor tensor;
 
   void give() const {
     Tensor given = given_;
-    if (is_half(given)) torch::stable::copy_(given, tensor);
+    if (given.data_ptr() != tensor.data_ptr()) torch::stable::copy_(given, tensor);
   }
 
  private:
   Tensor given_;
 };
 
-// What all passes read, and the type that results are given in.
+// What all passes read.
 class Call {
  public:
   Call(const Tensor& query_, const Tensor& key_, const Tensor& value_, const std::optional<Tensor>& attn_mask,
        const std::optional<Tensor>& seeds, int64_t left, int64_t right, double dropout_p, double scale)
-      : query(rows_as_read(query_)), key(rows_as_read(key_)), value(rows_as_read(value_)), dtype_(query_.scalar_type()),
-        left_(left), right_(right), dropout_p_(dropout_p), scale_(scale) {
+      : query(rows_as_read(query_)), key(rows_as_read(key_)), value(rows_as_read(value_)), left_(left), right_(right),
+        dropout_p_(dropout_p), scale_(scale) {
     if (attn_mask) mask_.emplace(as_read(*attn_mask));
     if (seeds) seeds_.emplace(torch::stable::contiguous(*seeds));
   }
@@ -90,12 +91,7 @@ class Call {
     }
   }
 
-  Tensor as_given(const Tensor& result) const {
-    return result.scalar_type() == dtype_ ? result : torch::stable::to(result, dtype_);
-  }
-
  private:
-  ScalarType dtype_;
   std::optional<Tensor> mask_, seeds_;
   int64_t left_, right_;
   double dropout_p_, scale_;

@@ -83,43 +83,60 @@ void sum_to_mask(const Problem<T>& problem, const Tensor& mask, T* sum, int64_t 
   });
 }
 
-// Zeros of a type that is computed in, shaped like the mask and contiguous.
-Tensor sums_like(const Tensor& mask, const Call& call) {
-  return torch::stable::new_zeros(call.query, std::vector<int64_t>(mask.sizes().begin(), mask.sizes().end()));
+// Where the gradient of a mask is summed: contiguous, of a type that is computed in, zero.
+Output sums_for(const Tensor& given) {
+  const Output sums(given, torch::stable::contiguous(as_read(given)));
+  Tensor zeros = sums.tensor;
+  torch::stable::zero_(zeros);
+  return sums;
+}
+
+Tensor gradient_like(const Tensor& mask) {
+  return torch::stable::new_empty(mask, std::vector<int64_t>(mask.sizes().begin(), mask.sizes().end()));
 }
 
 }  // namespace
 
-Tensor attention_mask_backward(
+void attention_mask_backward_out(
     const Tensor& grad_out_, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor&,
     const Tensor& statistics_, const std::optional<Tensor>& attn_mask, const std::optional<Tensor>& seeds, int64_t left,
-    int64_t right, double dropout_p, double scale) {
+    int64_t right, double dropout_p, double scale, const Tensor& grad_mask) {
   const Call call(query, key, value, attn_mask, seeds, left, right, dropout_p, scale);
   const Tensor grad_out = rows_as_read(grad_out_), statistics = torch::stable::contiguous(statistics_);
-  Tensor sums = sums_like(*attn_mask, call);
+  const Output sums = sums_for(grad_mask);
   call.with_problem([&](const auto& problem) {
     using T = typename std::decay_t<decltype(problem)>::Element;
     const Matrices<const T> g(grad_out, problem.lead);
     const std::vector<Packed<T>> keys{{&problem.k, problem.depth}, {&problem.v, problem.value_depth}};
-    sum_to_mask(problem, *attn_mask, static_cast<T*>(sums.data_ptr()), 2, keys, [&](const Panel& panel, const Scratch<T>& scratch) {
+    sum_to_mask(problem, *attn_mask, static_cast<T*>(sums.tensor.data_ptr()), 2, keys, [&](const Panel& panel, const Scratch<T>& scratch) {
       score_gradients(problem, panel, data<T>(statistics), rows_of(g, panel), scratch);
       return scratch[gradients];
     });
   });
-  return call.as_given(sums);
+  sums.give();
 }
 
-Tensor attention_mask_backward_jvp(
+Tensor attention_mask_backward(
+    const Tensor& grad_out, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& out,
+    const Tensor& statistics, const std::optional<Tensor>& attn_mask, const std::optional<Tensor>& seeds, int64_t left,
+    int64_t right, double dropout_p, double scale) {
+  const Tensor grad_mask = gradient_like(*attn_mask);
+  attention_mask_backward_out(grad_out, query, key, value, out, statistics, attn_mask, seeds, left, right, dropout_p, scale,
+                              grad_mask);
+  return grad_mask;
+}
+
+void attention_mask_backward_jvp_out(
     const Tensor& grad_out_, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor&,
     const Tensor& statistics_, const Tensor& tangent_query, const Tensor& tangent_key, const Tensor& tangent_value,
     const std::optional<Tensor>& tangent_mask, const std::optional<Tensor>& tangent_grad_out_,
     const std::optional<Tensor>& attn_mask, const std::optional<Tensor>& seeds, int64_t left, int64_t right,
-    double dropout_p, double scale) {
+    double dropout_p, double scale, const Tensor& tangent_grad_mask) {
   const Call call(query, key, value, attn_mask, seeds, left, right, dropout_p, scale);
   const TangentTensors tangents(tangent_query, tangent_key, tangent_value, tangent_mask);
   const Tensor grad_out = rows_as_read(grad_out_), statistics = torch::stable::contiguous(statistics_);
   const std::optional<Tensor> tangent_grad_out = rows_as_read(tangent_grad_out_);
-  Tensor sums = sums_like(*attn_mask, call);
+  const Output sums = sums_for(tangent_grad_mask);
   call.with_problem([&](const auto& problem) {
     using T = typename std::decay_t<decltype(problem)>::Element;
     const Matrices<const T> g(grad_out, problem.lead);
@@ -128,19 +145,34 @@ Tensor attention_mask_backward_jvp(
     const Tangents<T> tangent = tangents.read<T>(problem);
     const std::vector<Packed<T>> keys{{&problem.k, problem.depth}, {&problem.v, problem.value_depth},
                                       {&tangent.k, problem.depth}, {&tangent.v, problem.value_depth}};
-    sum_to_mask(problem, *attn_mask, static_cast<T*>(sums.data_ptr()), 4, keys, [&](const Panel& panel, const Scratch<T>& scratch) {
+    sum_to_mask(problem, *attn_mask, static_cast<T*>(sums.tensor.data_ptr()), 4, keys, [&](const Panel& panel, const Scratch<T>& scratch) {
       std::optional<Operand<const T>> tangent_g_rows;
       if (tangent_g) tangent_g_rows = rows_of(*tangent_g, panel);
       tangent_score_gradients(problem, tangent, panel, data<T>(statistics), rows_of(g, panel), tangent_g_rows, scratch);
       return scratch[tangent_gradients];
     });
   });
-  return call.as_given(sums);
+  sums.give();
+}
+
+Tensor attention_mask_backward_jvp(
+    const Tensor& grad_out, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& out,
+    const Tensor& statistics, const Tensor& tangent_query, const Tensor& tangent_key, const Tensor& tangent_value,
+    const std::optional<Tensor>& tangent_mask, const std::optional<Tensor>& tangent_grad_out,
+    const std::optional<Tensor>& attn_mask, const std::optional<Tensor>& seeds, int64_t left, int64_t right,
+    double dropout_p, double scale) {
+  const Tensor tangent_grad_mask = gradient_like(*attn_mask);
+  attention_mask_backward_jvp_out(grad_out, query, key, value, out, statistics, tangent_query, tangent_key, tangent_value,
+                                  tangent_mask, tangent_grad_out, attn_mask, seeds, left, right, dropout_p, scale,
+                                  tangent_grad_mask);
+  return tangent_grad_mask;
 }
 
 }  // namespace metafast
 
 STABLE_TORCH_LIBRARY_IMPL(metafast, CPU, library) {
   library.impl("attention_mask_backward", TORCH_BOX(&metafast::attention_mask_backward));
+  library.impl("attention_mask_backward.out", TORCH_BOX(&metafast::attention_mask_backward_out));
   library.impl("attention_mask_backward_jvp", TORCH_BOX(&metafast::attention_mask_backward_jvp));
+  library.impl("attention_mask_backward_jvp.out", TORCH_BOX(&metafast::attention_mask_backward_jvp_out));
 }

@@ -29,13 +29,10 @@ for _schema in (
     f"attention_backward(Tensor grad_out, {_SAVED}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
     f"attention_jvp({_SAVED}, {_TANGENTS}, {_OPTIONS}) -> Tensor",
     f"attention_backward_jvp({_SECOND}) -> (Tensor, Tensor, Tensor, Tensor)",
-):
-    define_with_out(_library, _schema, tags=(torch.Tag.pt2_compliant_tag,))
-for _schema in (
     f"attention_mask_backward(Tensor grad_out, {_SAVED}, {_OPTIONS}) -> Tensor",
     f"attention_mask_backward_jvp({_SECOND}) -> Tensor",
 ):
-    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+    define_with_out(_library, _schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
 @constant_when_compiled
