@@ -87,14 +87,14 @@ void backward_jvp(const Problem<T>& problem, const T* statistics, Matrices<const
 void attention_forward_out(
     const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& attn_mask,
     const std::optional<Tensor>& seeds, int64_t left, int64_t right, double dropout_p, double scale, const Tensor& out_,
-    const Tensor& statistics) {
+    const Tensor& statistics_) {
   const Call call(query, key, value, attn_mask, seeds, left, right, dropout_p, scale);
-  const Output out(out_);
+  const Output out = output_with_plain_rows(out_), statistics = contiguous_output(statistics_);
   call.with_problem([&](const auto& problem) {
     using T = typename std::decay_t<decltype(problem)>::Element;
-    forward(problem, Matrices<T>(out.tensor, problem.lead), static_cast<T*>(statistics.data_ptr()));
+    forward(problem, Matrices<T>(out.tensor, problem.lead), static_cast<T*>(statistics.tensor.data_ptr()));
   });
-  out.give();
+  for (const Output* output : {&out, &statistics}) output->give();
 }
 
 std::tuple<Tensor, Tensor> attention_forward(
@@ -115,7 +115,8 @@ void attention_backward_out(
     int64_t right, double dropout_p, double scale, const Tensor& grad_query_, const Tensor& grad_key_, const Tensor& grad_value_) {
   const Call call(query, key, value, attn_mask, seeds, left, right, dropout_p, scale);
   const Tensor grad_out = rows_as_read(grad_out_), statistics = torch::stable::contiguous(statistics_);
-  const Output grad_query(grad_query_), grad_key(grad_key_), grad_value(grad_value_);
+  const Output grad_query = output_with_plain_rows(grad_query_), grad_key = output_with_plain_rows(grad_key_);
+  const Output grad_value = output_with_plain_rows(grad_value_);
   call.with_problem([&](const auto& problem) {
     using T = typename std::decay_t<decltype(problem)>::Element;
     const auto& lead = problem.lead;
@@ -143,7 +144,7 @@ void attention_jvp_out(
   const Call call(query, key, value, attn_mask, seeds, left, right, dropout_p, scale);
   const TangentTensors tangents(tangent_query, tangent_key, tangent_value, tangent_mask);
   const Tensor statistics = torch::stable::contiguous(statistics_);
-  const Output tangent_out(tangent_out_);
+  const Output tangent_out = output_with_plain_rows(tangent_out_);
   call.with_problem([&](const auto& problem) {
     using T = typename std::decay_t<decltype(problem)>::Element;
     jvp(problem, data<T>(statistics), tangents.read<T>(problem), Matrices<T>(tangent_out.tensor, problem.lead));
@@ -173,8 +174,8 @@ void attention_backward_jvp_out(
   const TangentTensors tangents(tangent_query, tangent_key, tangent_value, tangent_mask);
   const Tensor grad_out = rows_as_read(grad_out_), statistics = torch::stable::contiguous(statistics_);
   const std::optional<Tensor> tangent_grad_out = rows_as_read(tangent_grad_out_);
-  const Output tangent_out(tangent_out_), tangent_grad_query(tangent_grad_query_);
-  const Output tangent_grad_key(tangent_grad_key_), tangent_grad_value(tangent_grad_value_);
+  const Output tangent_out = output_with_plain_rows(tangent_out_), tangent_grad_query = output_with_plain_rows(tangent_grad_query_);
+  const Output tangent_grad_key = output_with_plain_rows(tangent_grad_key_), tangent_grad_value = output_with_plain_rows(tangent_grad_value_);
   call.with_problem([&](const auto& problem) {
     using T = typename std::decay_t<decltype(problem)>::Element;
     const auto& lead = problem.lead;

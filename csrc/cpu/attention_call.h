@@ -8,6 +8,7 @@
 
 #include "attention.h"
 #include "cpu/attention_problem.h"
+#include "cpu/output.h"
 
 namespace metafast {
 
@@ -50,22 +51,7 @@ inline Tensor output_like(const Tensor& input, int64_t columns) {
 
 inline Tensor output_like(const Tensor& input) { return output_like(input, input.size(input.dim() - 1)); }
 
-// A result: written as it is computed, and given in the type and the memory order that are asked for.
-class Output {
- public:
-  explicit Output(const Tensor& given) : Output(given, rows_as_read(given)) {}
-  Output(const Tensor& given, const Tensor& written) : tensor(written), given_(given) {}
-
-  const Tensor tensor;
-
-  void give() const {
-    Tensor given = given_;
-    if (given.data_ptr() != tensor.data_ptr()) torch::stable::copy_(given, tensor);
-  }
-
- private:
-  Tensor given_;
-};
+inline Output output_with_plain_rows(const Tensor& given) { return {given, rows_as_read(given)}; }
 
 // What all passes read.
 class Call {

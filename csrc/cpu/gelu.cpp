@@ -12,6 +12,7 @@
 #include <tuple>
 
 #include "cpu/capability.h"
+#include "cpu/output.h"
 
 #define METAFAST_VARIANT "cpu/gelu.inl"
 
@@ -51,12 +52,14 @@ T* at(const Tensor& tensor, int64_t begin) {
   return static_cast<T*>(tensor.data_ptr()) + begin;
 }
 
-void gelu_backward_out(const Tensor& grad_, const Tensor& x_, const Tensor& by_x) {
+void gelu_backward_out(const Tensor& grad_, const Tensor& x_, const Tensor& by_x_) {
   const Tensor grad = torch::stable::contiguous(grad_), x = torch::stable::contiguous(x_);
+  const Output by_x = contiguous_output(by_x_);
   in_parts(x, [&](const auto& rows, int64_t begin, int64_t end) {
     using T = typename std::decay_t<decltype(rows)>::Element;
-    rows.backward(end - begin, at<const T>(grad, begin), at<const T>(x, begin), at<T>(by_x, begin));
+    rows.backward(end - begin, at<const T>(grad, begin), at<const T>(x, begin), at<T>(by_x.tensor, begin));
   });
+  by_x.give();
 }
 
 Tensor gelu_backward(const Tensor& grad, const Tensor& x_) {
@@ -66,13 +69,15 @@ Tensor gelu_backward(const Tensor& grad, const Tensor& x_) {
   return by_x;
 }
 
-void gelu_double_backward_out(const Tensor& grad_, const Tensor& x_, const Tensor& tangent_, const Tensor& by_grad, const Tensor& by_x) {
+void gelu_double_backward_out(const Tensor& grad_, const Tensor& x_, const Tensor& tangent_, const Tensor& by_grad_, const Tensor& by_x_) {
   const Tensor grad = torch::stable::contiguous(grad_), x = torch::stable::contiguous(x_), tangent = torch::stable::contiguous(tangent_);
+  const Output by_grad = contiguous_output(by_grad_), by_x = contiguous_output(by_x_);
   in_parts(x, [&](const auto& rows, int64_t begin, int64_t end) {
     using T = typename std::decay_t<decltype(rows)>::Element;
     rows.double_backward(end - begin, at<const T>(grad, begin), at<const T>(x, begin), at<const T>(tangent, begin),
-                         at<T>(by_grad, begin), at<T>(by_x, begin));
+                         at<T>(by_grad.tensor, begin), at<T>(by_x.tensor, begin));
   });
+  for (const Output* output : {&by_grad, &by_x}) output->give();
 }
 
 std::tuple<Tensor, Tensor> gelu_double_backward(const Tensor& grad, const Tensor& x_, const Tensor& tangent) {

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "cpu/capability.h"
+#include "cpu/output.h"
 
 #define METAFAST_VARIANT "cpu/layer_norm.inl"
 
@@ -90,15 +91,16 @@ void for_each_row_summing(const Tensor& input, const std::vector<Rows<T>>& outpu
   }
 }
 
-// Outputs are contiguous.
-void layer_norm_forward_out(const Tensor& input_, const Tensor& weight_, const Tensor& bias_, double eps, const Tensor& out, const Tensor& statistics) {
+void layer_norm_forward_out(const Tensor& input_, const Tensor& weight_, const Tensor& bias_, double eps, const Tensor& out_, const Tensor& statistics_) {
   const Tensor input = torch::stable::contiguous(input_), weight = torch::stable::contiguous(weight_), bias = torch::stable::contiguous(bias_);
+  const Output out = contiguous_output(out_), statistics = contiguous_output(statistics_);
   with_rows(input, [&](const auto& rows) {
     using T = typename std::decay_t<decltype(rows)>::Element;
     const Rows<const T> x(input), w(weight), b(bias);
-    const Rows<T> y(out), s(statistics);
+    const Rows<T> y(out.tensor), s(statistics.tensor);
     for_each_row(input, [&](int64_t task, int64_t i) { rows.forward(x.n, x.at(i), w.at(task), b.at(task), T(eps), y.at(i), s.at(i)); });
   });
+  for (const Output* output : {&out, &statistics}) output->give();
 }
 
 std::tuple<Tensor, Tensor> layer_norm_forward(const Tensor& input_, const Tensor& weight, const Tensor& bias, double eps) {
@@ -109,18 +111,20 @@ std::tuple<Tensor, Tensor> layer_norm_forward(const Tensor& input_, const Tensor
   return {out, statistics};
 }
 
-void layer_norm_backward_out(const Tensor& grad_, const Tensor& input_, const Tensor& weight_, const Tensor& statistics_, const Tensor& grad_input,
-                             const Tensor& grad_weight, const Tensor& grad_bias) {
+void layer_norm_backward_out(const Tensor& grad_, const Tensor& input_, const Tensor& weight_, const Tensor& statistics_, const Tensor& grad_input_,
+                             const Tensor& grad_weight_, const Tensor& grad_bias_) {
   const Tensor grad = torch::stable::contiguous(grad_), input = torch::stable::contiguous(input_);
   const Tensor weight = torch::stable::contiguous(weight_), statistics = torch::stable::contiguous(statistics_);
+  const Output grad_input = contiguous_output(grad_input_), grad_weight = contiguous_output(grad_weight_), grad_bias = contiguous_output(grad_bias_);
   with_rows(input, [&](const auto& rows) {
     using T = typename std::decay_t<decltype(rows)>::Element;
     const Rows<const T> g(grad), x(input), w(weight), s(statistics);
-    const Rows<T> dx(grad_input);
-    for_each_row_summing<T>(input, {Rows<T>(grad_weight), Rows<T>(grad_bias)}, [&](int64_t task, int64_t i, T* sums) {
+    const Rows<T> dx(grad_input.tensor);
+    for_each_row_summing<T>(input, {Rows<T>(grad_weight.tensor), Rows<T>(grad_bias.tensor)}, [&](int64_t task, int64_t i, T* sums) {
       rows.backward(x.n, g.at(i), x.at(i), w.at(task), s.at(i), dx.at(i), sums, sums + x.n);
     });
   });
+  for (const Output* output : {&grad_input, &grad_weight, &grad_bias}) output->give();
 }
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad, const Tensor& input_, const Tensor& weight_, const Tensor& statistics) {
@@ -132,20 +136,23 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad, const
 
 void layer_norm_backward_jvp_out(
     const Tensor& grad_, const Tensor& input_, const Tensor& weight_, const Tensor& statistics_, const Tensor& tangent_input_,
-    const Tensor& tangent_weight_, const Tensor& tangent_bias_, const Tensor& tangent_out, const Tensor& tangent_grad_input,
-    const Tensor& tangent_grad_weight) {
+    const Tensor& tangent_weight_, const Tensor& tangent_bias_, const Tensor& tangent_out_, const Tensor& tangent_grad_input_,
+    const Tensor& tangent_grad_weight_) {
   const Tensor grad = torch::stable::contiguous(grad_), input = torch::stable::contiguous(input_);
   const Tensor weight = torch::stable::contiguous(weight_), statistics = torch::stable::contiguous(statistics_);
   const Tensor tangent_input = torch::stable::contiguous(tangent_input_);
   const Tensor tangent_weight = torch::stable::contiguous(tangent_weight_), tangent_bias = torch::stable::contiguous(tangent_bias_);
+  const Output tangent_out = contiguous_output(tangent_out_), tangent_grad_input = contiguous_output(tangent_grad_input_);
+  const Output tangent_grad_weight = contiguous_output(tangent_grad_weight_);
   with_rows(input, [&](const auto& rows) {
     using T = typename std::decay_t<decltype(rows)>::Element;
     const Rows<const T> g(grad), x(input), w(weight), s(statistics), a(tangent_input), p(tangent_weight), q(tangent_bias);
-    const Rows<T> ty(tangent_out), tdx(tangent_grad_input);
-    for_each_row_summing<T>(input, {Rows<T>(tangent_grad_weight)}, [&](int64_t task, int64_t i, T* sums) {
+    const Rows<T> ty(tangent_out.tensor), tdx(tangent_grad_input.tensor);
+    for_each_row_summing<T>(input, {Rows<T>(tangent_grad_weight.tensor)}, [&](int64_t task, int64_t i, T* sums) {
       rows.backward_jvp(x.n, g.at(i), x.at(i), w.at(task), s.at(i), a.at(i), p.at(task), q.at(task), ty.at(i), tdx.at(i), sums);
     });
   });
+  for (const Output* output : {&tangent_out, &tangent_grad_input, &tangent_grad_weight}) output->give();
 }
 
 // (tangent_out, tangent_grad_input, tangent_grad_weight)

@@ -18,6 +18,7 @@
 
 #include "cpu/aligned_memory.h"
 #include "cpu/capability.h"
+#include "cpu/output.h"
 
 #define METAFAST_VARIANT "cpu/task_products.inl"
 
@@ -102,9 +103,11 @@ void check(bool right, const char* what) {
   if (!right) throw std::runtime_error(std::string("metafast sum_of_products (CPU): ") + what);
 }
 
-void sum_of_products_out(const std::optional<Tensor>& start_, const Tensors& lefts_, const Tensors& rights, const Tensor& out) {
+void sum_of_products_out(const std::optional<Tensor>& start_, const Tensors& lefts_, const Tensors& rights, const Tensor& out_) {
   check(lefts_.size() == rights.size() && !lefts_.empty(), "expected as many left as right factors, at least one");
-  check(out.dim() == 3 && (out.size(2) <= 1 || out.stride(2) == 1), "expected a result [tasks, rows, columns] with rows of consecutive elements");
+  check(out_.dim() == 3, "expected a result [tasks, rows, columns]");
+  const Output given(out_, with_plain_rows(out_));
+  const Tensor& out = given.tensor;
   Tensors lefts;
   for (size_t t = 0; t < rights.size(); ++t) {
     const Tensor &left = lefts_[t], &right = rights[t];
@@ -122,10 +125,11 @@ void sum_of_products_out(const std::optional<Tensor>& start_, const Tensors& lef
     start = with_plain_rows(*start);
   }
   switch (out.scalar_type()) {
-    case ScalarType::Float: return run(single::widest_table(), start, lefts, rights, out);
-    case ScalarType::Double: return run(precise::widest_table(), start, lefts, rights, out);
+    case ScalarType::Float: run(single::widest_table(), start, lefts, rights, out); break;
+    case ScalarType::Double: run(precise::widest_table(), start, lefts, rights, out); break;
     default: check(false, "expected float32 or float64");
   }
+  given.give();
 }
 
 Tensor sum_of_products(const std::optional<Tensor>& start, const Tensors& lefts, const Tensors& rights) {
