@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from metafast.inner import Rule
+from metafast.ops.functions import Function, all_batched
 from metafast.ops.task_update import library, reference
 
 __all__ = ["update"]
@@ -92,7 +93,7 @@ class _Layout:
         return _vjp(self.reference, flat[self.results :], flat[: self.results])
 
 
-class _Update(torch.autograd.Function):
+class _Update(Function):
     @staticmethod
     def forward(layout: _Layout, *flat: Tensor) -> Tensors:
         return _join(library.update(layout.rule, layout.split(flat), layout.step))
@@ -132,7 +133,7 @@ class _Update(torch.autograd.Function):
         return _jvp(layout.reference, ctx.saved_tensors, tuple(tangents))
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], layout: _Layout, *flat: Tensor) -> tuple[Tensors, int]:
+    def vmap(info: Any, in_dims: tuple[Any, ...], layout: _Layout, *flat: Tensor) -> tuple[Tensors, tuple[int, ...]]:
         return _vmap(_Update, info.batch_size, in_dims[1:], layout, flat)
 
 
@@ -172,7 +173,7 @@ class _Vjp(torch.autograd.Function):
         return _jvp(layout.reference_vjp, ctx.saved_tensors, tangents)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], layout: _Layout, *flat: Tensor) -> tuple[Tensors, int]:
+    def vmap(info: Any, in_dims: tuple[Any, ...], layout: _Layout, *flat: Tensor) -> tuple[Tensors, tuple[int, ...]]:
         return _vmap(_Vjp, info.batch_size, in_dims[1:], layout, flat)
 
 
@@ -213,7 +214,7 @@ def _jvp(function: Callable[..., Tensors], primals: Tensors, tangents: Tensors) 
 
 def _vmap(
     function: type[torch.autograd.Function], size: int, in_dims: Sequence[int | None], layout: _Layout, flat: Tensors
-) -> tuple[Tensors, int]:
+) -> tuple[Tensors, tuple[int, ...]]:
     # One call for each index: rates and sums over tasks would otherwise need a second batch dimension in the kernels.
     calls = [
         function.apply(
@@ -222,7 +223,7 @@ def _vmap(
         )
         for index in range(size)
     ]
-    return tuple(torch.stack(results) for results in zip(*calls, strict=True)), 0
+    return all_batched(tuple(torch.stack(results) for results in zip(*calls, strict=True)))
 
 
 def _split(flat: Sequence[Any], sizes: Sequence[int]) -> tuple[list[Any], ...]:
