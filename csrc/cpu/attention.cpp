@@ -14,7 +14,8 @@ namespace {
 template <typename T>
 void forward(const Problem<T>& problem, Matrices<T> out, T* statistics) {
   const int64_t dv = problem.value_depth;
-  for_each_panel(problem, 1, {{&problem.k, problem.depth}}, [&](const Panel& panel, const Scratch<T>& scratch) {
+  const std::vector<Packed<T>> keys{{&problem.k, problem.depth, in_blocks}, {&problem.v, dv, in_slices}};
+  for_each_panel(problem, 1, keys, [&](const Panel& panel, const Scratch<T>& scratch) {
     T* p = scratch[weights];
     if (panel.columns() == 0) zero_rows(rows_of(out, panel), panel.count, dv);
     else scores(problem, panel, scratch, p);
@@ -25,33 +26,33 @@ void forward(const Problem<T>& problem, Matrices<T> out, T* statistics) {
       factors.draw(i);
       factors.multiply(p + i * scratch.stride);
     }
-    to_rows(panel, dv, T(1), {pair(scratch.scores(weights), keys_of(problem.v, panel, problem.group()))}, rows_of(out, panel));
+    to_rows(panel, dv, T(1), {pair(scratch.scores(weights), scratch.slices(of_value, panel))}, rows_of(out, panel));
   });
 }
 
 template <typename T>
 void backward(const Problem<T>& problem, const T* statistics, Matrices<const T> grad_out, Matrices<T> grad_query, const KeySums<T>& grads) {
-  const int64_t group = problem.group(), d = problem.depth, dv = problem.value_depth;
-  const std::vector<Packed<T>> keys{{&problem.k, d}, {&problem.v, dv}};
-  for_each_panel_summing(problem, grads, 2, keys, [&](const Panel& panel, const Scratch<T>& scratch, T* grad_key, T* grad_value) {
+  const int64_t d = problem.depth, dv = problem.value_depth;
+  const std::vector<Packed<T>> keys{{&problem.k, d}, {&problem.v, dv, in_blocks}};
+  for_each_panel_summing(problem, grads, 2, keys, [&](const Panel& panel, const Scratch<T>& scratch, KeySum<T> grad_key, KeySum<T> grad_value) {
     if (panel.columns() == 0) return zero_rows(rows_of(grad_query, panel), panel.count, d);
     const auto g = rows_of(grad_out, panel), p = scratch.scores(weights), e = scratch.scores(gradients);
     score_gradients(problem, panel, statistics, g, scratch);
-    to_keys(panel, dv, T(1), {pair(p, g)}, grad_value);
-    to_rows(panel, d, problem.scale, {pair(e, keys_of(problem.k, panel, group))}, rows_of(grad_query, panel));
-    to_keys(panel, d, problem.scale, {pair(e, rows_of(problem.q, panel))}, grad_key);
+    to_keys(panel, scratch, dv, T(1), {pair(p, g)}, grad_value);
+    to_rows(panel, d, problem.scale, {pair(e, scratch.slices(of_key, panel))}, rows_of(grad_query, panel));
+    to_keys(panel, scratch, d, problem.scale, {pair(e, rows_of(problem.q, panel))}, grad_key);
   });
 }
 
 template <typename T>
 void jvp(const Problem<T>& problem, const T* statistics, const Tangents<T>& tangent, Matrices<T> tangent_out) {
-  const int64_t group = problem.group(), dv = problem.value_depth;
-  const std::vector<Packed<T>> keys{{&problem.k, problem.depth}, {}, {&tangent.k, problem.depth}};
+  const int64_t d = problem.depth, dv = problem.value_depth;
+  const std::vector<Packed<T>> keys{{&problem.k, d, in_blocks}, {&problem.v, dv, in_slices}, {&tangent.k, d, in_blocks}, {&tangent.v, dv, in_slices}};
   for_each_panel(problem, 3, keys, [&](const Panel& panel, const Scratch<T>& scratch) {
     if (panel.columns() == 0) return zero_rows(rows_of(tangent_out, panel), panel.count, dv);
     tangent_weights(problem, tangent, panel, statistics, scratch);
     const auto p = scratch.scores(weights), t = scratch.scores(tangents);
-    to_rows(panel, dv, T(1), {pair(t, keys_of(problem.v, panel, group)), pair(p, keys_of(tangent.v, panel, group))}, rows_of(tangent_out, panel));
+    to_rows(panel, dv, T(1), {pair(t, scratch.slices(of_value, panel)), pair(p, scratch.slices(of_tangent_value, panel))}, rows_of(tangent_out, panel));
   });
 }
 
@@ -59,9 +60,9 @@ template <typename T>
 void backward_jvp(const Problem<T>& problem, const T* statistics, Matrices<const T> grad_out, const Tangents<T>& tangent,
                   const std::optional<Matrices<const T>>& tangent_grad_out, Matrices<T> tangent_out,
                   Matrices<T> tangent_grad_query, const KeySums<T>& tangent_grads) {
-  const int64_t group = problem.group(), d = problem.depth, dv = problem.value_depth;
+  const int64_t d = problem.depth, dv = problem.value_depth;
   const std::vector<Packed<T>> keys{{&problem.k, d}, {&problem.v, dv}, {&tangent.k, d}, {&tangent.v, dv}};
-  for_each_panel_summing(problem, tangent_grads, 4, keys, [&](const Panel& panel, const Scratch<T>& scratch, T* key_sum, T* value_sum) {
+  for_each_panel_summing(problem, tangent_grads, 4, keys, [&](const Panel& panel, const Scratch<T>& scratch, KeySum<T> key_sum, KeySum<T> value_sum) {
     if (panel.columns() == 0) {
       zero_rows(rows_of(tangent_out, panel), panel.count, dv);
       zero_rows(rows_of(tangent_grad_query, panel), panel.count, d);
@@ -73,12 +74,12 @@ void backward_jvp(const Problem<T>& problem, const T* statistics, Matrices<const
     tangent_score_gradients(problem, tangent, panel, statistics, g, tangent_g, scratch);
     const auto p = scratch.scores(weights), t = scratch.scores(tangents);
     const auto e = scratch.scores(gradients), f = scratch.scores(tangent_gradients);
-    to_rows(panel, dv, T(1), {pair(t, keys_of(problem.v, panel, group)), pair(p, keys_of(tangent.v, panel, group))}, rows_of(tangent_out, panel));
-    to_rows(panel, d, problem.scale, {pair(f, keys_of(problem.k, panel, group)), pair(e, keys_of(tangent.k, panel, group))},
+    to_rows(panel, dv, T(1), {pair(t, scratch.slices(of_value, panel)), pair(p, scratch.slices(of_tangent_value, panel))}, rows_of(tangent_out, panel));
+    to_rows(panel, d, problem.scale, {pair(f, scratch.slices(of_key, panel)), pair(e, scratch.slices(of_tangent_key, panel))},
             rows_of(tangent_grad_query, panel));
-    to_keys(panel, d, problem.scale, {pair(f, rows_of(problem.q, panel)), pair(e, rows_of(tangent.q, panel))}, key_sum);
-    if (tangent_g) to_keys(panel, dv, T(1), {pair(t, g), pair(p, *tangent_g)}, value_sum);
-    else to_keys(panel, dv, T(1), {pair(t, g)}, value_sum);
+    to_keys(panel, scratch, d, problem.scale, {pair(f, rows_of(problem.q, panel)), pair(e, rows_of(tangent.q, panel))}, key_sum);
+    if (tangent_g) to_keys(panel, scratch, dv, T(1), {pair(t, g), pair(p, *tangent_g)}, value_sum);
+    else to_keys(panel, scratch, dv, T(1), {pair(t, g)}, value_sum);
   });
 }
 

@@ -107,7 +107,7 @@ void attention_mask_backward_out(
   call.with_problem([&](const auto& problem) {
     using T = typename std::decay_t<decltype(problem)>::Element;
     const Matrices<const T> g(grad_out, problem.lead);
-    const std::vector<Packed<T>> keys{{&problem.k, problem.depth}, {&problem.v, problem.value_depth}};
+    const std::vector<Packed<T>> keys{{&problem.k, problem.depth, in_blocks}, {&problem.v, problem.value_depth, in_blocks}};
     sum_to_mask(problem, *attn_mask, static_cast<T*>(sums.tensor.data_ptr()), 2, keys, [&](const Panel& panel, const Scratch<T>& scratch) {
       score_gradients(problem, panel, data<T>(statistics), rows_of(g, panel), scratch);
       return scratch[gradients];
@@ -143,8 +143,8 @@ void attention_mask_backward_jvp_out(
     std::optional<Matrices<const T>> tangent_g;
     if (tangent_grad_out) tangent_g.emplace(*tangent_grad_out, problem.lead);
     const Tangents<T> tangent = tangents.read<T>(problem);
-    const std::vector<Packed<T>> keys{{&problem.k, problem.depth}, {&problem.v, problem.value_depth},
-                                      {&tangent.k, problem.depth}, {&tangent.v, problem.value_depth}};
+    const std::vector<Packed<T>> keys{{&problem.k, problem.depth, in_blocks}, {&problem.v, problem.value_depth, in_blocks},
+                                      {&tangent.k, problem.depth, in_blocks}, {&tangent.v, problem.value_depth, in_blocks}};
     sum_to_mask(problem, *attn_mask, static_cast<T*>(sums.tensor.data_ptr()), 4, keys, [&](const Panel& panel, const Scratch<T>& scratch) {
       std::optional<Operand<const T>> tangent_g_rows;
       if (tangent_g) tangent_g_rows = rows_of(*tangent_g, panel);

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <utility>
 #include <vector>
 
 #include "cpu/aligned_memory.h"
@@ -22,13 +23,16 @@ int64_t padded_columns(int64_t columns) {
   return (columns + block - 1) / block * block;
 }
 
-// What has a row a key and is laid out for products with panels' rows; a pass leaves out what it does not multiply so.
+// What has a row a key and is laid out for products: in blocks for those with panels' rows, in slices for those with their scores.
+// A pass leaves out what it does not multiply.
 enum { of_key, of_value, of_tangent_key, of_tangent_value };
+enum Layout { in_blocks = 1, in_slices = 2, in_both = 3 };
 
 template <typename T>
 struct Packed {
   const Matrices<const T>* matrices = nullptr;
   int64_t depth = 0;
+  Layout layout = in_both;
 };
 
 // How many rows a panel has. Taller panels read the keys less often; shorter ones keep the buffers nearer to the core.
@@ -50,13 +54,13 @@ struct Operand {
 };
 
 template <typename T>
-Operand<T> rows_of(const Matrices<T>& tensor, const Panel& panel) {
-  return {tensor.at(panel.batch, panel.head) + panel.first * tensor.row_stride, tensor.row_stride};
+Operand<T> rows_from(Operand<T> rows, int64_t first) {
+  return {rows.data + first * rows.stride, rows.stride};
 }
 
 template <typename T>
-Operand<T> keys_of(const Matrices<T>& tensor, const Panel& panel, int64_t group) {
-  return {tensor.at(panel.batch, panel.head / group) + panel.begin * tensor.row_stride, tensor.row_stride};
+Operand<T> rows_of(const Matrices<T>& tensor, const Panel& panel) {
+  return {tensor.at(panel.batch, panel.head) + panel.first * tensor.row_stride, tensor.row_stride};
 }
 
 // Scratch of one thread: buffers for the scores of a panel, and what is laid out once for all panels of a key head, the
@@ -65,12 +69,14 @@ template <typename T>
 class Scratch {
  public:
   Scratch(const Problem<T>& problem, int64_t buffers, int64_t panel, const std::vector<Packed<T>>& keys)
-      : stride(stride_of(padded_columns<T>(problem.widest(panel)))), problem_(problem), keys_(keys), size_(panel * stride) {
+      : stride(stride_of(padded_columns<T>(problem.widest(panel)))), problem_(problem), keys_(keys), size_(panel * stride), height_(panel) {
     int64_t total = buffers * size_;
+    const auto take = [&](int64_t size) { return std::exchange(total, total + size); };
     for (const Packed<T>& one : keys_) {
-      offsets_.push_back(total);
-      total += padded_columns<T>(problem.columns) * one.depth;
+      blocks_.push_back(take(one.layout & in_blocks ? padded_columns<T>(problem.columns) * one.depth : 0));
+      slices_.push_back(take(one.layout & in_slices ? problem.columns * padded_columns<T>(one.depth) : 0));
     }
+    for (int64_t& offset : rows_) offset = take(panel * padded_columns<T>(std::max(problem.depth, problem.value_depth)));
     memory_ = aligned_memory<T>(total);
   }
 
@@ -80,10 +86,22 @@ class Scratch {
   // The same as an operand of a product.
   Operand<const T> scores(int64_t i) const { return {(*this)[i], stride}; }
 
-  // The keys that a panel reads, of_key and so on, as outer takes them.
-  Operand<const T> keys(int64_t i, const Panel& panel) const {
+  // The keys that a panel reads, of_key and so on, as outer takes them and as to_rows does.
+  Operand<const T> blocks(int64_t i, const Panel& panel) const {
     const int64_t depth = keys_[size_t(i)].depth;
-    return {memory_.get() + offsets_[size_t(i)] + panel.begin * depth, depth};
+    return {memory_.get() + blocks_[size_t(i)] + panel.begin * depth, depth};
+  }
+  Operand<const T> slices(int64_t i, const Panel& panel) const {
+    const int64_t block = products<T>().block;
+    return {memory_.get() + slices_[size_t(i)] + panel.begin * block, problem_.columns * block};
+  }
+
+  // A panel's rows as to_keys takes them, in the i-th of two places for them.
+  Operand<const T> slices_of_rows(int64_t i, int64_t count, int64_t depth, const T* rows, int64_t row_stride) const {
+    T* slices = memory_.get() + rows_[i];
+    const int64_t slice_size = height_ * products<T>().block;
+    products<T>().slice(count, depth, rows, row_stride, slices, slice_size);
+    return {slices, slice_size};
   }
 
   void move_to(int64_t batch, int64_t key_head) {
@@ -91,9 +109,14 @@ class Scratch {
     batch_ = batch;
     key_head_ = key_head;
     for (size_t i = 0; i < keys_.size(); ++i) {
-      if (!keys_[i].matrices) continue;
-      const Matrices<const T>& matrices = *keys_[i].matrices;
-      products<T>().pack(problem_.columns, keys_[i].depth, matrices.at(batch, key_head), matrices.row_stride, memory_.get() + offsets_[i]);
+      const auto& [matrices, depth, layout] = keys_[i];
+      if (!matrices) continue;
+      const T* keys = matrices->at(batch, key_head);
+      const int64_t key_stride = matrices->row_stride, columns = problem_.columns;
+      if (layout & in_blocks) products<T>().pack(columns, depth, keys, key_stride, memory_.get() + blocks_[i]);
+      if (layout & in_slices) {
+        products<T>().slice(columns, depth, keys, key_stride, memory_.get() + slices_[i], columns * products<T>().block);
+      }
     }
   }
 
@@ -105,8 +128,9 @@ class Scratch {
 
   const Problem<T>& problem_;
   const std::vector<Packed<T>>& keys_;
-  const int64_t size_;
-  std::vector<int64_t> offsets_;
+  const int64_t size_, height_;
+  std::vector<int64_t> blocks_, slices_;
+  int64_t rows_[2];
   Memory<T> memory_;
   int64_t batch_ = -1, key_head_ = -1;
 };
@@ -157,42 +181,54 @@ struct KeySums {
   Matrices<T> key, value;
 };
 
-// Calls body(panel, scratch, key_sum, value_sum) for every panel, where the sums are the blocks that the panel adds to. Key heads
-// are spread over threads; where there are too few of them, so are the panels of one, each share with sums of its own, which are
-// then added in a fixed order.
+// The rows of such a sum that belong to a panel's keys: those of the first panel are written, the others' added.
+template <typename T>
+struct KeySum {
+  Operand<T> rows;
+  bool begun;
+};
+
+// Calls body(panel, scratch, key_sum, value_sum) for every panel. Key heads are spread over threads; where there are too few of
+// them, so are the panels of one, each share with sums of its own, which are then added in a fixed order.
 template <typename T, typename Body>
 void for_each_panel_summing(const Problem<T>& problem, const KeySums<T>& sums, int64_t buffers, const std::vector<Packed<T>>& keys, Body body) {
   const int64_t height = panel_rows(problem, buffers), panels = (problem.rows + height - 1) / height * problem.group();
   const int64_t units = problem.batches * problem.key_heads, threads = torch::stable::get_num_threads();
   if (units == 0) return;
-  const int64_t work = std::max<int64_t>(panels * height * problem.widest(height) * (problem.depth + problem.value_depth), 1);
+  const int64_t d = problem.depth, dv = problem.value_depth;
+  const int64_t work = std::max<int64_t>(panels * height * problem.widest(height) * (d + dv), 1);
   const int64_t shares = units >= threads ? 1 : std::clamp<int64_t>(std::min(panels, work / worth_a_thread), 1, (threads + units - 1) / units);
-  const int64_t per_share = (panels + shares - 1) / shares;
-  const int64_t key_size = padded_columns<T>(problem.columns) * problem.depth;
-  const int64_t size = key_size + padded_columns<T>(problem.columns) * problem.value_depth;
-  const auto write = [&](int64_t unit, const T* sum) {
-    const int64_t batch = unit / problem.key_heads, key_head = unit % problem.key_heads;
-    products<T>().unpack(problem.columns, problem.depth, sum, sums.key.at(batch, key_head), sums.key.row_stride);
-    products<T>().unpack(problem.columns, problem.value_depth, sum + key_size, sums.value.at(batch, key_head), sums.value.row_stride);
-  };
+  const int64_t per_share = (panels + shares - 1) / shares, size = problem.columns * (d + dv);
   const Memory<T> of_shares = shares > 1 ? aligned_memory<T>(units * shares * size) : nullptr;
 
   share_out(units * shares, shares > 1 ? 1 : worth_a_thread / work + 1, [&](auto next) {
     Scratch<T> scratch(problem, buffers, height, keys);
-    const Memory<T> own = shares > 1 ? nullptr : aligned_memory<T>(size);
     for (int64_t i; (i = next()) < units * shares;) {
       const int64_t unit = i / shares, share = i % shares;
       const int64_t batch = unit / problem.key_heads, key_head = unit % problem.key_heads;
-      T* sum = shares > 1 ? of_shares.get() + i * size : own.get();
-      std::fill(sum, sum + size, T(0));
+      Operand<T> key{sums.key.at(batch, key_head), sums.key.row_stride}, value{sums.value.at(batch, key_head), sums.value.row_stride};
+      if (shares > 1) {
+        key = {of_shares.get() + i * size, d};
+        value = {key.data + problem.columns * d, dv};
+      }
+      const auto zero_keys = [&](int64_t begin, int64_t end) {
+        zero_rows(rows_from(key, begin), end - begin, d);
+        zero_rows(rows_from(value, begin), end - begin, dv);
+      };
+      bool begun = false;
       scratch.move_to(batch, key_head);
       for (int64_t j = share * per_share; j < std::min(panels, (share + 1) * per_share); ++j) {
         const int64_t per_head = panels / problem.group(), first = j % per_head * height;
         Panel panel{batch, key_head * problem.group() + j / per_head, first, std::min(height, problem.rows - first), 0, 0};
         trim(problem, panel);
-        body(panel, scratch, sum + panel.begin * problem.depth, sum + key_size + panel.begin * problem.value_depth);
+        if (!begun) {
+          zero_keys(0, panel.begin);
+          zero_keys(panel.end, problem.columns);
+        }
+        body(panel, scratch, KeySum<T>{rows_from(key, panel.begin), begun}, KeySum<T>{rows_from(value, panel.begin), begun});
+        begun = true;
       }
-      if (shares == 1) write(unit, sum);
+      if (!begun) zero_keys(0, problem.columns);
     }
   });
 
@@ -203,7 +239,10 @@ void for_each_panel_summing(const Problem<T>& problem, const KeySums<T>& sums, i
       for (int64_t share = 1; share < shares; ++share) {
         for (int64_t c = 0; c < size; ++c) sum[c] += sum[share * size + c];
       }
-      write(unit, sum);
+      const int64_t batch = unit / problem.key_heads, key_head = unit % problem.key_heads;
+      T *key = sums.key.at(batch, key_head), *value = sums.value.at(batch, key_head);
+      for (int64_t j = 0; j < problem.columns; ++j, sum += d) std::copy(sum, sum + d, key + j * sums.key.row_stride);
+      for (int64_t j = 0; j < problem.columns; ++j, sum += dv) std::copy(sum, sum + dv, value + j * sums.value.row_stride);
     }
   });
 }
