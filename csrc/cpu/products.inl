@@ -137,6 +137,7 @@ void outer(int64_t count, int64_t columns, int64_t depth, REAL alpha, int64_t te
       for (int64_t t = 0; t < terms; ++t) {
         const auto& [rows, row_stride, blocked, _] = factors[t];
         strips[t] = {rows + i * row_stride, row_stride, 0, blocked + first * depth, block * depth};
+        prefetch(std::min<int64_t>(6, count - i - n), depth, rows + (i + n) * row_stride, row_stride);
       }
       run_rows(n, strips, {tiles, terms, depth, alpha, false, x + i * stride + first, stride, block});
     }
