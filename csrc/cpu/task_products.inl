@@ -84,6 +84,10 @@ void product(int64_t rows, int64_t columns, int64_t depth, const REAL* left, int
       for (int64_t g = some; g < last; ++g) {
         const int64_t i = groups.first(g), n = groups.first(g + 1) - i;
         const REAL* a = left + i * left_row;
+        // The next rows come while these are multiplied for the first time.
+        for (int64_t r = n; j == 0 && r < std::min(2 * n, rows - i); ++r) {
+          for (int64_t k = 0; k < depth; k += 64 / int64_t(sizeof(REAL))) __builtin_prefetch(a + r * left_row + k);
+        }
         if (columns - j >= block) {
           tile_of(n, depth, a, left_row, b, from ? from + i * from_row + j : nullptr, from_row, to + i * to_row + j, to_row);
           continue;
