@@ -24,12 +24,14 @@ struct Into {
   }
 };
 
-template <class Kernels>
-Results<2> plain_sgd_update(const Into<2>& into, const Tensors& params, const Tensors& grads, const PlainSgd& rule) {
-  using Rule = PlainSgdUpdate;
+template <class Kernels, bool learned>
+Results<2> plain_sgd_update(const Into<2>& into, const Tensors& params, const Tensors& grads, const Tensors& lrs,
+                            const PlainSgd& rule) {
+  using Rule = PlainSgdUpdate<learned>;
   Planner<Rule> planner(grads);
   planner.read(Rule::param, params, Shape::either);
   planner.read(Rule::grad, grads);
+  if constexpr (learned) planner.read_rate(Rule::lr, lrs, rule.lr);
   Tensors made = planner.write(Rule::new_param, into.over(0, params));
   Kernels::run(planner.finished(), rule);
   return {std::move(made)};
@@ -40,8 +42,9 @@ Results<2> sgd_update(
     const Into<2>& into,
     const Tensors& params, const Tensors& grads, const Tensors& buffers, const Tensors& lrs, const Tensors& decays,
     double lr, double momentum, double dampening, bool nesterov, double weight_decay, bool maximize) {
-  if (momentum == 0 && lrs.empty() && decays.empty()) {
-    return plain_sgd_update<Kernels>(into, params, grads, PlainSgd{lr, weight_decay, maximize});
+  if (momentum == 0 && decays.empty()) {
+    const auto update = lrs.empty() ? &plain_sgd_update<Kernels, false> : &plain_sgd_update<Kernels, true>;
+    return update(into, params, grads, lrs, PlainSgd{lr, weight_decay, maximize});
   }
   using Rule = SgdUpdate;
   Planner<Rule> planner(grads);
@@ -54,6 +57,25 @@ Results<2> sgd_update(
   made[0] = planner.write(Rule::new_param, into.over(0, params));
   if (momentum != 0) made[1] = planner.write(Rule::new_buffer, into.over(1, buffers));
   Kernels::run(planner.finished(), Sgd(momentum, dampening, nesterov, maximize, buffers.empty()));
+  return made;
+}
+
+template <class Kernels, bool of_param, bool learned>
+Results<5> plain_sgd_update_vjp(
+    const Into<5>& into, const Tensors& d_params, const Tensors& grads, const Tensors& lrs, const PlainSgd& rule,
+    const std::vector<bool>& shared, bool of_grad) {
+  using Rule = PlainSgdVjp<of_param, learned>;
+  Planner<Rule> planner(d_params);
+  planner.read(Rule::d_param, d_params);
+  Results<5> made;
+  if constexpr (of_param) made[0] = planner.write(Rule::to_param, into.given[0], shared);
+  if (of_grad) made[1] = planner.write(Rule::to_grad, into.given[1]);
+  if constexpr (learned) {
+    planner.read(Rule::grad, grads);
+    planner.read_rate(Rule::lr, lrs, rule.lr);
+    made[3] = planner.write_rate(Rule::to_lr, lrs, into.given[3]);
+  }
+  Kernels::run(planner.finished(), rule);
   return made;
 }
 
@@ -93,6 +115,14 @@ Results<5> sgd_update_vjp(
     const std::vector<bool>& needed) {
   STD_TORCH_CHECK(shared.size() == d_params.size() && needed.size() == 5,
                   "sgd_update_vjp: expected shared for each parameter and needed for each of five groups");
+  const bool learned = needed[3] && !lrs.empty();
+  if (momentum == 0 && !needed[2] && decays.empty() && (learned ? weight_decay == 0 : lrs.empty())) {
+    const auto product = needed[0] ? learned ? &plain_sgd_update_vjp<Kernels, true, true>
+                                             : &plain_sgd_update_vjp<Kernels, true, false>
+                         : learned ? &plain_sgd_update_vjp<Kernels, false, true>
+                                   : &plain_sgd_update_vjp<Kernels, false, false>;
+    return product(into, d_params, grads, lrs, PlainSgd{lr, weight_decay, maximize}, shared, needed[1]);
+  }
   const Sgd rule(momentum, dampening, nesterov, maximize, first);
   const auto product = needed[3] || needed[4] ? &sgd_update_vjp_of<Kernels, true> : &sgd_update_vjp_of<Kernels, false>;
   return product(into, d_params, d_buffers, params, grads, buffers, lrs, decays, lr, weight_decay, rule, shared,

@@ -46,7 +46,8 @@ struct SgdUpdate {
   }
 };
 
-// Without momentum and with rates that are numbers there is little to compute, and operands that are not there cost.
+// Without momentum and with a weight decay that is a number there is little to compute, and operands that are not there
+// cost. The learning rate is a number too, or, where it is `learned`, an operand.
 struct PlainSgd {
   double lr, weight_decay;
   bool maximize;
@@ -60,14 +61,38 @@ struct PlainSgd {
   };
 };
 
+template <bool learned>
 struct PlainSgdUpdate {
   using Options = PlainSgd;
-  enum In { param, grad, inputs };
+  enum In { param, grad, lr };
   enum Out { new_param, outputs };
+  static constexpr int inputs = learned ? 3 : 2;
 
   template <class C>
   static METAFAST_ELEMENT void element(const PlainSgd::As<C>& rule, const C* in, C* out) {
-    out[new_param] = in[param] - rule.lr * (rule.sign * in[grad] + rule.weight_decay * in[param]);
+    const C decayed = rule.sign * in[grad] + rule.weight_decay * in[param];
+    if constexpr (learned) out[new_param] = in[param] - in[lr] * decayed;
+    else out[new_param] = in[param] - rule.lr * decayed;
+  }
+};
+
+// The vector-Jacobian product of that; of a learned rate without weight decay. `of_param` is whether the parameter's is
+// wanted.
+template <bool of_param, bool learned>
+struct PlainSgdVjp {
+  using Options = PlainSgd;
+  enum In { d_param, grad, lr };
+  enum Out { to_grad, to_param, to_lr = 1 + of_param };
+  static constexpr int inputs = learned ? 3 : 1, outputs = 1 + of_param + learned;
+
+  template <class C>
+  static METAFAST_ELEMENT void element(const PlainSgd::As<C>& rule, const C* in, C* out) {
+    C rate = rule.lr;
+    if constexpr (learned) rate = in[lr];
+    const C d_decayed = -rate * in[d_param];
+    out[to_grad] = rule.sign * d_decayed;
+    if constexpr (of_param) out[to_param] = in[d_param] + rule.weight_decay * d_decayed;
+    if constexpr (learned) out[to_lr] = -in[d_param] * (rule.sign * in[grad]);
   }
 };
 
