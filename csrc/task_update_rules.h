@@ -1,6 +1,8 @@
 // The formulas of each rule, for one element: `element` reads `inputs` numbers and makes `outputs` numbers of them. All
 // of it is arithmetic and selections, without branches, so that every compiler vectorises it.
 // metafast/ops/task_update/README.md derives the formulas.
+//
+// `sums`, of products, are the outputs that are mostly summed over tasks, a bit each: the CPU's kernels do that in registers.
 #pragma once
 
 #include <cmath>
@@ -84,6 +86,7 @@ struct PlainSgdVjp {
   enum In { d_param, grad, lr };
   enum Out { to_grad, to_param, to_lr = 1 + of_param };
   static constexpr int inputs = learned ? 3 : 1, outputs = 1 + of_param + learned;
+  static constexpr unsigned sums = ((1u << outputs) - 1) & ~(1u << to_grad);
 
   template <class C>
   static METAFAST_ELEMENT void element(const PlainSgd::As<C>& rule, const C* in, C* out) {
@@ -104,6 +107,7 @@ struct SgdVjp {
   enum In { d_param, d_buffer, lr, weight_decay, param, grad, buffer };
   enum Out { to_param, to_grad, to_buffer, to_lr, to_weight_decay };
   static constexpr int inputs = learned ? 7 : 4, outputs = learned ? 5 : 3;
+  static constexpr unsigned sums = learned ? 1u << to_lr | 1u << to_weight_decay : 1u << to_param;
 
   template <class C>
   static METAFAST_ELEMENT void element(const Sgd::As<C>& rule, const C* in, C* out) {

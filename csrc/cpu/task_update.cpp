@@ -18,19 +18,37 @@
 // An output overlaps no input, or lies exactly on it. (`omp simd` says so too, but makes an array of all that the loop's body refers to.)
 #if defined(__clang__)
 #define METAFAST_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#define METAFAST_UNROLLED _Pragma("clang loop unroll(full)")
 #elif defined(__GNUC__)
 #define METAFAST_INDEPENDENT _Pragma("GCC ivdep")
+#define METAFAST_UNROLLED _Pragma("GCC unroll 2")
 #else
 #define METAFAST_INDEPENDENT
+#define METAFAST_UNROLLED
 #endif
 
 namespace metafast::task_update {
 namespace {
 
 constexpr int64_t kStrip = 256;           // elements
-constexpr int64_t kRow = 8 * kStrip;      // elements of a task before it is the next task's turn
+constexpr int64_t kRow = 16 * kStrip;     // elements of a task before it is the next task's turn
 constexpr int64_t kChunk = 64 * kStrip;   // elements times tasks, of one task
 constexpr int64_t kBlock = 2 * kChunk;    // the least that is worth another thread
+
+// Whether a rule's output is one that is mostly summed over tasks: its kernels have a variant that does so in registers.
+template <class Rule>
+constexpr bool is_sum(size_t output) {
+  if constexpr (requires { Rule::sums; }) return Rule::sums >> output & 1;
+  else return false;
+}
+
+template <class Rule>
+constexpr bool has_sums = requires { Rule::sums; };
+
+// Where it pays to go through two tasks at a time, the pointers to all rows are in registers. Sums are then read half as
+// often. With four, memory is slower again.
+template <class Rule>
+constexpr int kTogether = Rule::inputs + Rule::outputs <= 6 ? 2 : 1;
 
 template <class C, class Stored>
 METAFAST_ELEMENT const C* load(const Stored* from, C* scratch, int64_t n) {
@@ -49,18 +67,27 @@ METAFAST_ELEMENT void store(const C* from, Stored* to, int64_t n) {
   for (int64_t j = 0; j < n; ++j) to[j] = static_cast<Stored>(from[j]);
 }
 
-// Written without loops over operands: what is indexed by constants alone the compiler keeps in registers.
-template <class Rule, class C, size_t... I, size_t... O>
-METAFAST_ELEMENT void apply(const As<Rule, C>& rule, const C* const* inputs, C* const* outputs, int64_t n,
-                            std::index_sequence<I...>, std::index_sequence<O...>) {
+// Elements of some tasks, each operand's `step` elements on from task to task; with `sums`, the outputs that the rule sums
+// are added to what is there. Written without loops over operands: what is indexed by constants alone the compiler keeps
+// in registers.
+template <class Rule, bool sums, int tasks, class C, size_t... I, size_t... O>
+METAFAST_ELEMENT void apply(const As<Rule, C>& rule, const C* const* inputs, const int64_t* input_steps,
+                            C* const* outputs, const int64_t* output_steps, int64_t n, std::index_sequence<I...>,
+                            std::index_sequence<O...>) {
   const C* const from[] = {inputs[I]...};
   C* const to[] = {outputs[O]...};
+  const int64_t from_step[] = {input_steps[I]...}, to_step[] = {output_steps[O]...};
   METAFAST_INDEPENDENT
   for (int64_t j = 0; j < n; ++j) {
-    const C in[] = {from[I][j]...};
-    C out[sizeof...(O)];
-    Rule::element(rule, in, out);
-    ((to[O][j] = out[O]), ...);
+    C sum[] = {(sums && is_sum<Rule>(O) ? to[O][j] : C(0))...};
+    METAFAST_UNROLLED
+    for (int task = 0; task < tasks; ++task) {
+      const C in[] = {from[I][task * from_step[I] + j]...};
+      C out[sizeof...(O)];
+      Rule::element(rule, in, out);
+      ((sums && is_sum<Rule>(O) ? sum[O] += out[O] : to[O][task * to_step[O] + j] = out[O]), ...);
+    }
+    ((sums && is_sum<Rule>(O) ? void(to[O][j] = sum[O]) : void()), ...);
   }
 }
 
@@ -80,6 +107,61 @@ double scalar_value(const Input& in, int64_t at = 0) {
   return for_type(in.scalar_type, [&](auto zero) -> double { return static_cast<const decltype(zero)*>(in.data)[at]; });
 }
 
+// Whether the outputs that the rule sums are all summed over tasks, where they are wanted at all.
+template <class Rule>
+bool sums_tasks(const Item<Rule>& item) {
+  bool some = false;
+  for (int o = 0; o < Rule::outputs; ++o) {
+    if (!is_sum<Rule>(o) || item.out[o].keep == Keep::nothing) continue;
+    if (item.out[o].keep != Keep::task_sum) return false;
+    some = true;
+  }
+  return some;
+}
+
+// Whether all operands are read and written where they lie, but for the outputs that the rule sums, with `sums`.
+template <class Rule>
+bool is_direct(const Item<Rule>& item, bool sums) {
+  for (const Input& operand : item.in)
+    if (operand.from < From::all_tasks) return false;
+  for (int o = 0; o < Rule::outputs; ++o)
+    if (item.out[o].keep != (sums && is_sum<Rule>(o) ? Keep::task_sum : Keep::each_task)) return false;
+  return true;
+}
+
+// As `chunk` below, for operands that take no strips.
+template <class Rule, bool sums, class C>
+METAFAST_ELEMENT void direct_chunk(const As<Rule, C>& rule, const Item<Rule>& item, int64_t begin, int64_t end) {
+  alignas(64) C summed[sums ? Rule::outputs : 1][sums ? kRow : 1];
+  const C* in[Rule::inputs];
+  C* out[Rule::outputs];
+  int64_t in_step[Rule::inputs], out_step[Rule::outputs];
+  for (int i = 0; i < Rule::inputs; ++i) {
+    in[i] = static_cast<const C*>(item.in[i].data) + begin;
+    in_step[i] = item.in[i].from == From::each_task ? item.elements : 0;
+  }
+  for (int o = 0; o < Rule::outputs; ++o) {
+    out[o] = static_cast<C*>(item.out[o].data) + begin;
+    out_step[o] = item.elements;
+    if (!sums || !is_sum<Rule>(o)) continue;
+    out[o] = summed[o];
+    out_step[o] = 0;
+    std::fill_n(summed[o], end - begin, C(0));
+  }
+  constexpr std::make_index_sequence<Rule::inputs> inputs;
+  constexpr std::make_index_sequence<Rule::outputs> outputs;
+  constexpr int together = kTogether<Rule>;
+  for (int64_t task = 0; task < item.tasks; task += together) {
+    if (task + together <= item.tasks)
+      apply<Rule, sums, together>(rule, in, in_step, out, out_step, end - begin, inputs, outputs);
+    else apply<Rule, sums, 1>(rule, in, in_step, out, out_step, end - begin, inputs, outputs);
+    for (int i = 0; i < Rule::inputs; ++i) in[i] += together * in_step[i];
+    for (int o = 0; o < Rule::outputs; ++o) out[o] += together * out_step[o];
+  }
+  for (int o = 0; o < Rule::outputs; ++o)
+    if (sums && is_sum<Rule>(o)) std::copy_n(summed[o], end - begin, static_cast<C*>(item.out[o].data) + begin);
+}
+
 // Elements [begin, end) of every task of an item, at most kRow where there are several tasks; what is summed over
 // everything goes into totals, one an output. A task's part of a row is gone through as a whole, as memory likes it; what
 // the tasks share, and sums over them, stay in the cache meanwhile.
@@ -94,13 +176,20 @@ METAFAST_ELEMENT void chunk(const typename Rule::Options& options, const Item<Ru
   const C* in[Rule::inputs];
   C* out[Rule::outputs];
 
-  // What is read and written where it lies takes no strips.
-  bool direct = std::is_same_v<C, Stored>;
-  for (const Input& operand : item.in) direct &= operand.from >= From::all_tasks;
-  for (const Output& result : item.out) direct &= result.keep == Keep::each_task;
-  const int64_t strip = direct ? end - begin : kStrip;
+  const bool summing = sums_tasks(item);
+  if constexpr (std::is_same_v<C, Stored>) {
+    if (is_direct(item, summing)) {
+      if constexpr (has_sums<Rule>) {
+        if (summing) return direct_chunk<Rule, true>(rule, item, begin, end);
+      }
+      return direct_chunk<Rule, false>(rule, item, begin, end);
+    }
+  }
+
+  constexpr int64_t no_step[std::max(int(Rule::inputs), int(Rule::outputs))] = {};
 
   std::fill_n(absent, std::min(end - begin, kStrip), C(0));
+  std::fill_n(unwanted, std::min(end - begin, kStrip), C(0));
   for (int i = 0; i < Rule::inputs; ++i) {
     const bool none = item.in[i].from == From::number && item.in[i].value == 0;
     in[i] = none ? absent : loaded[i];
@@ -118,8 +207,8 @@ METAFAST_ELEMENT void chunk(const typename Rule::Options& options, const Item<Ru
       else if (item.in[i].from == From::last_task)
         std::fill_n(loaded[i], std::min(end - begin, kStrip), C(task + 1 == item.tasks));
     }
-    for (int64_t e = begin; e < end; e += strip) {
-      const int64_t n = std::min(end - e, strip), at = task * item.elements + e;
+    for (int64_t e = begin; e < end; e += kStrip) {
+      const int64_t n = std::min(end - e, kStrip), at = task * item.elements + e;
       for (int i = 0; i < Rule::inputs; ++i) {
         if (item.in[i].from < From::all_tasks) continue;
         const int64_t offset = item.in[i].from == From::all_tasks ? e : at;
@@ -128,9 +217,17 @@ METAFAST_ELEMENT void chunk(const typename Rule::Options& options, const Item<Ru
       if constexpr (std::is_same_v<C, Stored>)
         for (int o = 0; o < Rule::outputs; ++o)
           if (item.out[o].keep == Keep::each_task) out[o] = static_cast<Stored*>(item.out[o].data) + at;
-      apply<Rule, C>(rule, in, out, n, std::make_index_sequence<Rule::inputs>(),
-                     std::make_index_sequence<Rule::outputs>());
+      constexpr std::make_index_sequence<Rule::inputs> inputs;
+      constexpr std::make_index_sequence<Rule::outputs> outputs;
+      if (has_sums<Rule> && summing) {
+        for (int o = 0; o < Rule::outputs; ++o)
+          if (is_sum<Rule>(o) && item.out[o].keep == Keep::task_sum) out[o] = sums[o] + (e - begin);
+        apply<Rule, has_sums<Rule>, 1>(rule, in, no_step, out, no_step, n, inputs, outputs);
+      } else {
+        apply<Rule, false, 1>(rule, in, no_step, out, no_step, n, inputs, outputs);
+      }
       for (int o = 0; o < Rule::outputs; ++o) {
+        if (summing && is_sum<Rule>(o)) continue;
         if (item.out[o].keep == Keep::task_sum) {
           C* const sum = sums[o] + (e - begin);
 #pragma omp simd
