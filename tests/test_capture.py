@@ -570,3 +570,36 @@ def test_50_calls_keep_nothing(draw):
         assert tensors_after(50) <= first
     finally:
         gc.enable()
+
+
+def test_settings_in_containers_and_ties_are_looked_at_again():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 3).double(), nn.Linear(3, 3).double()
+            self.c = nn.Linear(3, 3).double()
+            self.c.weight = self.a.weight
+            self.scales = [1.0, 2.0]
+
+        def forward(self, x):
+            return self.c(self.b(self.a(x)) * self.scales[1])
+
+    net = Net()
+
+    def loss(model, batch):
+        return model(batch[0]).pow(2).mean()
+
+    learners = [
+        metafast.MAML(net, loss, inner=SGD(lr=0.1), steps=STEPS, reduction="sum", capture=capture)
+        for capture in (True, False)
+    ]
+    batch = (torch.randn(TASKS, 4, 3, dtype=torch.float64),)
+
+    def total(learner):
+        return learner(batch, batch).detach()
+
+    assert torch.equal(*map(total, learners))
+    net.scales[1] = 3.0
+    assert torch.equal(*map(total, learners))
+    net.c.weight = net.b.weight
+    assert torch.equal(*map(total, learners))

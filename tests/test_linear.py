@@ -238,3 +238,22 @@ def kernel() -> Any:
     if extension() is None:
         pytest.skip("the extension is not built")
     return torch.ops.metafast.sum_of_products
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (2, 0, 4)])
+def test_half_types_of_no_rows(shape: tuple) -> None:
+    x = torch.empty(shape, dtype=torch.bfloat16)
+    assert linear(x, torch.ones(3, 4, dtype=torch.bfloat16)).shape == (*shape[:-1], 3)
+
+
+@pytest.mark.parametrize(
+    "types",
+    [("bfloat16", "float32", "float32"), ("float16", "bfloat16", "bfloat16"), ("bfloat16", "bfloat16", "float32")],
+)
+def test_refuses_the_types_that_torch_refuses(types: tuple) -> None:
+    x, weight, bias = (
+        torch.ones(shape, dtype=getattr(torch, t)) for shape, t in zip(((2, 4), (3, 4), (3,)), types, strict=True)
+    )
+    for function in (linear, F.linear):
+        with pytest.raises(RuntimeError):
+            function(x, weight, bias)

@@ -499,3 +499,24 @@ def test_free_places_are_used_again_and_merged():
     arena.give_back(offsets[4], 64)
     assert arena.take(1000) == 128
     assert arena.size == 128 + rounded(1000)
+
+
+LOSSES = {
+    "binary_cross_entropy": lambda x, y: torch.nn.functional.binary_cross_entropy(x.sigmoid(), y.sigmoid()),
+    "mse_loss": torch.nn.functional.mse_loss,
+    "smooth_l1_loss": torch.nn.functional.smooth_l1_loss,
+    "huber_loss": torch.nn.functional.huber_loss,
+    "soft_margin_loss": lambda x, y: torch.nn.functional.soft_margin_loss(x, y.sign()),
+    "qr": lambda x, y: torch.stack(torch.linalg.qr(x)),
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", LOSSES)
+def test_overloads_that_resize_what_they_are_given_or_ask_what_shares_its_storage(name, generator):
+    def function(x, y):
+        return x + 1, LOSSES[name](x, y), y * 2
+
+    inputs = [torch.randn(40, 40, generator=generator) for _ in range(2)]
+    for found, expected in zip(Program(function, inputs)(inputs), function(*inputs), strict=True):
+        assert torch.equal(found, expected)

@@ -91,7 +91,7 @@ struct Problem {
   int64_t left, right;
   T scale;
 
-  int64_t group() const { return heads / key_heads; }
+  int64_t group() const { return key_heads > 0 ? heads / key_heads : 1; }
 
   // The most keys that a panel of so many rows reads, masks aside.
   int64_t widest(int64_t panel_rows) const {

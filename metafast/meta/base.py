@@ -16,6 +16,7 @@ from metafast.inner import Rule
 from metafast.meta.capture import Captured
 from metafast.meta.finite import check_finite, finite_tasks, not_finite
 from metafast.meta.inner_loop import Adapted, InnerLoop, Start
+from metafast.meta.leaves import check_leaves
 from metafast.meta.memory import graphs_fit
 from metafast.meta.parameters import Selection, picked, split_parameters
 from metafast.meta.rates import LearnedRates
@@ -342,6 +343,8 @@ class MetaLearner(nn.Module):
             params = self._trained()
             if not total.requires_grad:
                 return total, [None] * len(params), run
+            if not self.capture:
+                check_leaves([total], params, "tasks_per_chunk")
             return total.detach(), list(torch.autograd.grad(total, params, allow_unused=True)), run
 
         if self.capture and self.checkpoint == "auto":

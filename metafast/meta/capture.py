@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections import OrderedDict
@@ -53,6 +54,7 @@ class Captured:
             tuple(leaf is None for leaf in leaves),
             tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in inputs),
             tuple(tensor.requires_grad for tensor in state.values()),
+            self._ties(),
             self._settings(inputs[0].device.type),
         )
         if key not in self._programs:
@@ -92,6 +94,14 @@ class Captured:
         logger.info("capture: recorded %s in %.1f s, %.0f MiB of intermediate values", name, seconds, mebibytes)
         return program
 
+    def _ties(self) -> tuple[tuple[str, int], ...]:
+        """Every name of a parameter or buffer, and which of them are one tensor."""
+        numbers: dict[int, int] = {}
+        named = itertools.chain(
+            self._module.named_parameters(remove_duplicate=False), self._module.named_buffers(remove_duplicate=False)
+        )
+        return tuple((name, numbers.setdefault(id(tensor), len(numbers))) for name, tensor in named)
+
     def _settings(self, device: str) -> tuple[Any, ...]:
         """What the module's functions depend on besides tensors."""
         return (
@@ -120,16 +130,24 @@ def _module_settings(module: nn.Module) -> tuple[Any, ...]:
         type(module),
         tuple(
             # Tensors are read live, as long as they are the same ones.
-            (name, id(value) if type(value) is Tensor else value)
+            (name, id(value) if type(value) is Tensor else repr(value))
             for name, value in vars(module).items()
-            if type(value) in _SETTINGS
+            if _is_setting(value)
         ),
         *(tuple(hooks) for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)),
         tuple(module._backward_pre_hooks),
     )
 
 
-_SETTINGS = {bool, int, float, str, type(None), Tensor}
+def _is_setting(value: Any) -> bool:
+    """Numbers, strings, tensors, and containers of numbers and strings."""
+    if type(value) in (list, tuple, dict):
+        inner = [*value, *value.values()] if type(value) is dict else value
+        return all(type(one) is not Tensor and _is_setting(one) for one in inner)
+    return type(value) in _SETTINGS
+
+
+_SETTINGS = {bool, int, float, str, type(None), torch.dtype, torch.device, Tensor}
 
 
 def _is_plain(value: Any) -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.utils import _pytree as pytree
 
+from metafast.meta.leaves import check_leaves
 from metafast.meta.surroundings import Surroundings
 
 
@@ -26,6 +27,9 @@ def checkpointed(function: Rebuildable, inputs: Any, model: nn.Module) -> Any:
             needs a gradient reaches it but through ``inputs``.
         inputs: pytree of tensors.
         model: whose buffers ``function`` reads and updates.
+
+    Raises:
+        RuntimeError: in the backward pass, where such a tensor reached it.
     """
     tensors, structure = pytree.tree_flatten(inputs)
     call = _Call(function, structure, model)
@@ -66,6 +70,7 @@ class _Checkpointed(Function):
             outputs = ctx.call(inputs, create_graph=True)
         reached = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
         leaves = [tensor for tensor in inputs if tensor.requires_grad]
+        check_leaves([o for o, _ in reached], leaves, "checkpoint=True")
         grads = iter(
             torch.autograd.grad([o for o, _ in reached], leaves, [c for _, c in reached], allow_unused=True)
             if reached

@@ -173,8 +173,9 @@ class _Gradient:
             at = {name: p.detach().requires_grad_() for name, p in at.items()}
         with torch.enable_grad():
             losses, _ = self.losses(at, shared, self.batch)
-            # A parameter that the loss does not reach has the gradient 0, and stays.
-            grads = torch.autograd.grad(
-                losses.sum(), list(at.values()), create_graph=create_graph, allow_unused=True, materialize_grads=True
-            )
-        return losses.detach(), dict(zip(at, grads, strict=True))
+            grads = torch.autograd.grad(losses.sum(), list(at.values()), create_graph=create_graph, allow_unused=True)
+        # A parameter that the loss does not reach has the gradient 0, and stays.
+        return losses.detach(), {
+            name: torch.zeros_like(p) if grad is None else grad
+            for (name, p), grad in zip(at.items(), grads, strict=True)
+        }

@@ -22,7 +22,8 @@ def writing(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], outpu
     given = outputs if len(op._schema.returns) > 1 else (outputs,)
     tensors = _flat(outputs)
     # The overload wants an output for what it is told not to compute, too. Not every device has the overload.
-    if variant is None or any(output is None for output in given) or not _runs_on(variant[0], tensors[0].device):
+    unfit = variant is None or op in _RESIZE_OR_ALIAS or any(output is None for output in given)
+    if variant is None or unfit or not _runs_on(variant[0], tensors[0].device):
         return functools.partial(_computed_and_copied, op, args, kwargs, tensors)
     overload, names = variant
     return functools.partial(overload, *args, **kwargs, **dict(zip(names, given, strict=True)))
@@ -61,3 +62,14 @@ def _flat(results: Any) -> list[Tensor]:
 
 # What they do besides copying, memory format and dtype, the output has already.
 _COPIES = {_aten.clone.default, _aten._to_copy.default}
+
+# Their overloads do what a place in a program does not stand: losses make their result as large as what they reduce, for a
+# time, and QR takes results that share a storage for one and the same.
+_RESIZE_OR_ALIAS = {
+    _aten.binary_cross_entropy.default,
+    _aten.mse_loss.default,
+    _aten.smooth_l1_loss.default,
+    _aten.huber_loss.default,
+    _aten.soft_margin_loss.default,
+    _aten.linalg_qr.default,
+}

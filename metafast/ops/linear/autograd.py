@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,11 +31,11 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return _torch_linear(input, weight, bias)
     if torch._C._are_functorch_transforms_active():
         return _Linear.apply(input, weight, bias)
-    rows = _as_autocast(input)
-    if rows.ndim > 1 and products.are_slow(rows):
+    rows, *others = (_as_autocast(tensor) for tensor in (input, weight, bias) if tensor is not None)
+    if rows.ndim > 1 and products.are_slow(rows, *others):
         # As one task of many rows.
-        out = _linear_of_tasks(rows.reshape(1, -1, rows.shape[-1]), weight[None], None if bias is None else bias[None])
-        return out.reshape(*input.shape[:-1], -1)
+        rows = rows.reshape(1, math.prod(rows.shape[:-1]), rows.shape[-1])
+        return _linear_of_tasks(rows, *(tensor[None] for tensor in others)).reshape(*input.shape[:-1], weight.shape[0])
     return _torch_linear(input, weight, bias)
 
 
@@ -73,14 +74,14 @@ class _Linear(Function):
         if input_dim is None:
             input = input.expand(tasks, *input.shape)
         weight = weight.expand(tasks, *weight.shape) if weight_dim is None else weight.movedim(weight_dim, 0)
-        rows = input.reshape(tasks, -1, input.shape[-1])
+        rows = input.reshape(tasks, math.prod(input.shape[1:-1]), input.shape[-1])
         if bias is not None:
             bias = bias.expand(tasks, *bias.shape) if bias_dim is None else bias.movedim(bias_dim, 0)
         out = _linear_of_tasks(rows, weight, bias)
         return out.reshape(*input.shape[:-1], out.shape[-1]), 0
 
 
-def _linear_of_tasks(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _linear_of_tasks(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``rows @ weight.mT + bias`` for ``[T, rows, in]``, ``[T, out, in]`` and ``[T, out]``."""
     if torch._C._are_functorch_transforms_active():
         return _product(rows, weight, bias)

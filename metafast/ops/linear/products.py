@@ -15,14 +15,15 @@ _SUPPORTED = {
 }
 
 
-def are_slow(tensor: Tensor) -> bool:
-    """Whether torch's products of this type run without instructions for it: at a tenth to a hundredth of float32's rate."""
+def are_slow(*tensors: Tensor) -> bool:
+    """Whether torch's products of this one type run without instructions for it: at a tenth of float32's rate or less."""
+    dtype = tensors[0].dtype
     return (
-        tensor.device.type == "cpu"
-        and tensor.dtype in _SUPPORTED
+        dtype in _SUPPORTED
+        and all(tensor.dtype == dtype and tensor.device.type == "cpu" for tensor in tensors)
         and requested_backend() != "reference"
         and not torch.compiler.is_compiling()
-        and not _SUPPORTED[tensor.dtype]()
+        and not _SUPPORTED[dtype]()
     )
 
 
@@ -39,13 +40,13 @@ def total(start: Tensor | None, *pairs: tuple[Tensor | None, Tensor | None]) -> 
     present = [(left, right) for left, right in pairs if left is not None and right is not None]
     if not present:
         return start
-    if are_slow(present[0][0]):
+    lefts, rights = zip(*present, strict=True)
+    tensors = [*lefts, *rights] if start is None else [start, *lefts, *rights]
+    if are_slow(*tensors):
         with torch.autocast("cpu", enabled=False):
             result = total(None if start is None else start.float(), *((a.float(), b.float()) for a, b in present))
         assert result is not None
         return result.to(present[0][0].dtype)
-    lefts, rights = zip(*present, strict=True)
-    tensors = [*lefts, *rights] if start is None else [start, *lefts, *rights]
     # The kernel has neither derivatives nor a batching rule (is_grads_batched brings a vmap of its own).
     beneath = not torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
     if beneath and has_cpu_kernels(*tensors) and not any(map(torch._C._functorch.is_legacy_batchedtensor, tensors)):
