@@ -161,6 +161,18 @@ def test_tensors_that_would_get_no_gradient_are_refused(net, draw, options):
     maml(net, loss, **options)(draw(4), draw(5)).backward()
 
 
+@pytest.mark.parametrize("options", [{"checkpoint": True}, {"tasks_per_chunk": 1}], ids=str)
+def test_what_the_loss_makes_itself_may_require_a_gradient(net, draw, options):
+    def loss(model, batch):
+        inputs = batch[0].detach().requires_grad_()
+        (slope,) = torch.autograd.grad(model(inputs).sum(), inputs, create_graph=True)
+        return loss_fn(model, batch) + slope.pow(2).mean()
+
+    support, query = draw(4), draw(5)
+    results = [meta_gradients(maml(net, loss, task_batching="loop", **o), support, query)[1] for o in ({}, options)]
+    assert distance(*results) < 1e-12
+
+
 def test_chunks_leave_no_graph_behind(net, draw):
     """When the call returns, gradients are computed: between the loss and the parameters there is one node."""
     loss = maml(net, tasks_per_chunk=2)(draw(4), draw(5))
@@ -332,9 +344,10 @@ def test_autocast_outside(draw, task_batching, checkpoint):
     support, query = (tuple(x.float() for x in batch) for batch in (draw(4), draw(5)))
     # Without the cache of casts, in which gradients of several tasks would be added up in bf16.
     with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
-        theirs = gradients(query_losses(net, loss_fn, support, query, STEPS, LR).mean(), net.parameters())
+        their_loss = query_losses(net, loss_fn, support, query, STEPS, LR).mean()
         with metafast.accelerate(net):
-            expected = gradients(query_losses(net, loss_fn, support, query, STEPS, LR).mean(), net.parameters())
+            expected_loss = query_losses(net, loss_fn, support, query, STEPS, LR).mean()
+    theirs, expected = (gradients(loss, net.parameters()) for loss in (their_loss, expected_loss))
     meta = maml(net, task_batching=task_batching, checkpoint=checkpoint)
     seen = []
     net[0].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))

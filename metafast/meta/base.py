@@ -16,7 +16,7 @@ from metafast.inner import Rule
 from metafast.meta.capture import Captured
 from metafast.meta.finite import check_finite, finite_tasks, not_finite
 from metafast.meta.inner_loop import Adapted, InnerLoop, Start
-from metafast.meta.leaves import check_leaves
+from metafast.meta.leaves import refuse, strangers
 from metafast.meta.memory import graphs_fit
 from metafast.meta.parameters import Selection, picked, split_parameters
 from metafast.meta.rates import LearnedRates
@@ -343,9 +343,12 @@ class MetaLearner(nn.Module):
             params = self._trained()
             if not total.requires_grad:
                 return total, [None] * len(params), run
-            if not self.capture:
-                check_leaves([total], params, "tasks_per_chunk")
-            return total.detach(), list(torch.autograd.grad(total, params, allow_unused=True)), run
+            # What is recorded is refused there.
+            found = [] if self.capture else strangers([total], params)
+            grads: list[Tensor | None] = list(torch.autograd.grad(total, params, allow_unused=True))
+            total = total.detach()
+            refuse(found, "tasks_per_chunk")
+            return total, grads, run
 
         if self.capture and self.checkpoint == "auto":
             # Looks at the memory that is free, so not while recording. A start may run the model.

@@ -46,7 +46,7 @@ class Captured:
             update_buffers: whether buffers get the values that the function leaves in them.
         """
         leaves, structure = pytree.tree_flatten(arguments)
-        state = {**dict(self._module.named_parameters()), **dict(self._module.named_buffers())}
+        state, names = self._state()
         inputs = [*(tensor.detach() for tensor in state.values()), *(leaf for leaf in leaves if leaf is not None)]
         key = (
             name,
@@ -54,7 +54,7 @@ class Captured:
             tuple(leaf is None for leaf in leaves),
             tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in inputs),
             tuple(tensor.requires_grad for tensor in state.values()),
-            self._ties(),
+            names,
             self._settings(inputs[0].device.type),
         )
         if key not in self._programs:
@@ -94,13 +94,18 @@ class Captured:
         logger.info("capture: recorded %s in %.1f s, %.0f MiB of intermediate values", name, seconds, mebibytes)
         return program
 
-    def _ties(self) -> tuple[tuple[str, int], ...]:
-        """Every name of a parameter or buffer, and which of them are one tensor."""
-        numbers: dict[int, int] = {}
-        named = itertools.chain(
+    def _state(self) -> tuple[dict[str, Tensor], tuple[tuple[str, str], ...]]:
+        """The module's parameters and buffers by their first names; and every name of them, with the first one."""
+        first: dict[int, str] = {}
+        state: dict[str, Tensor] = {}
+        names = []
+        for name, tensor in itertools.chain(
             self._module.named_parameters(remove_duplicate=False), self._module.named_buffers(remove_duplicate=False)
-        )
-        return tuple((name, numbers.setdefault(id(tensor), len(numbers))) for name, tensor in named)
+        ):
+            known = first.setdefault(id(tensor), name)
+            state.setdefault(known, tensor)
+            names.append((name, known))
+        return state, tuple(names)
 
     def _settings(self, device: str) -> tuple[Any, ...]:
         """What the module's functions depend on besides tensors."""
@@ -132,26 +137,17 @@ def _module_settings(module: nn.Module) -> tuple[Any, ...]:
             # Tensors are read live, as long as they are the same ones.
             (name, id(value) if type(value) is Tensor else repr(value))
             for name, value in vars(module).items()
-            if _is_setting(value)
+            if type(value) is Tensor or _is_plain(value)
         ),
         *(tuple(hooks) for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)),
         tuple(module._backward_pre_hooks),
     )
 
 
-def _is_setting(value: Any) -> bool:
-    """Numbers, strings, tensors, and containers of numbers and strings."""
-    if type(value) in (list, tuple, dict):
-        inner = [*value, *value.values()] if type(value) is dict else value
-        return all(type(one) is not Tensor and _is_setting(one) for one in inner)
-    return type(value) in _SETTINGS
-
-
-_SETTINGS = {bool, int, float, str, type(None), torch.dtype, torch.device, Tensor}
-
-
 def _is_plain(value: Any) -> bool:
-    """Whether a module's attribute is a setting: a number, a string, a rule, or a list of such."""
-    return isinstance(value, (bool, int, float, str, type(None), Rule)) or (
+    """Whether a module's attribute is a setting: a number, a string, a rule, or a list or dict of such."""
+    if isinstance(value, dict):
+        return all(map(_is_plain, itertools.chain(value, value.values())))
+    return isinstance(value, (bool, int, float, str, type(None), torch.dtype, torch.device, Rule)) or (
         isinstance(value, (list, tuple)) and all(map(_is_plain, value))
     )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.utils import _pytree as pytree
 
-from metafast.meta.leaves import check_leaves
+from metafast.meta.leaves import refuse, strangers
 from metafast.meta.surroundings import Surroundings
 
 
@@ -70,10 +70,12 @@ class _Checkpointed(Function):
             outputs = ctx.call(inputs, create_graph=True)
         reached = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
         leaves = [tensor for tensor in inputs if tensor.requires_grad]
-        check_leaves([o for o, _ in reached], leaves, "checkpoint=True")
+        found = strangers([o for o, _ in reached], leaves)
         grads = iter(
             torch.autograd.grad([o for o, _ in reached], leaves, [c for _, c in reached], allow_unused=True)
             if reached
             else [None] * len(leaves)
         )
+        del outputs, reached
+        refuse(found, "checkpoint=True")
         return (None, *(next(grads) if want else None for want in wanted))

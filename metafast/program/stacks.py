@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from metafast.program.aliases import Aliases, Root
 
@@ -39,8 +38,8 @@ class Part:
 def parts_of_stacks(nodes: Sequence[fx.Node], running: set[fx.Node], aliases: Aliases) -> dict[Root, Part]:
     """For each stack all of whose parts can be made in it, the memory of these.
 
-    A part is a whole result of a call, its dimensions in any order, that nothing but the stack reads. Calls that give lists,
-    which are updates, write contiguous tensors alone.
+    A part is a whole result of a call, its dimensions in any order, that nothing but the stack reads. A call that gives a
+    list is an update, which writes contiguous tensors alone.
     """
     readers: dict[Root, list[fx.Node]] = {}
     for node in nodes:
@@ -63,16 +62,12 @@ def parts_of_stacks(nodes: Sequence[fx.Node], running: set[fx.Node], aliases: Al
                 and readers[root] == [stack]
                 and root not in aliases.written
                 and base.meta["val"].dtype == stack.meta["val"].dtype
-                and not any(isinstance(result, list) for result in pytree.tree_leaves(root.node.meta["val"], _is_list))
+                and not isinstance(root.node.meta["val"], list)
             ):
                 parts[root] = Part(stack, index, order)
         if len(parts) == len(values):
             found.update(parts)
     return found
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list)
 
 
 def _unpermuted(value: Any) -> tuple[fx.Node, tuple[int, ...]]:

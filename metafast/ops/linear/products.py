@@ -29,7 +29,7 @@ def are_slow(*tensors: Tensor) -> bool:
 
 def product(left: Tensor, right: Tensor) -> Tensor:
     """``left @ right``, batched, by torch: what is best where ``left`` is transposed."""
-    if are_slow(left):
+    if are_slow(left, right):
         with torch.autocast("cpu", enabled=False):
             return torch.bmm(left.float(), right.float()).to(left.dtype)
     return torch.bmm(left, right)
