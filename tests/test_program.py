@@ -237,12 +237,17 @@ def test_parts_of_a_stack_are_made_in_it(name, normal):
 
 
 def test_inputs_of_any_strides(generator):
+    # Whole numbers: a program packs such inputs, and BLAS may round products of real ones differently by layout.
+    def whole(*shape):
+        return torch.randint(-9, 10, shape, generator=generator).float()
+
     def draw():
-        x = torch.randn(4, 3, generator=generator).t()
-        wide = torch.randn(3, 8, generator=generator)[:, ::2]
-        row = torch.randn(4, generator=generator).expand(3, 4)
-        odd = torch.randn(3, generator=generator).as_strided((3, 1), (1, 7))
-        return [x, wide, row, odd]
+        return [
+            whole(4, 3).t(),
+            whole(3, 8)[:, ::2],
+            whole(4).expand(3, 4),
+            whole(3).as_strided((3, 1), (1, 7)),
+        ]
 
     agrees(lambda a, b, c, d: (a @ b.t() + c[:, :3], (d * a).reshape(2, 6), d.squeeze(1).exp()), draw)
 
