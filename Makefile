@@ -55,7 +55,7 @@ sanitize: install
 	  $(CURDIR)/tests/test_task_update_variants.py $(CURDIR)/tests/test_attention.py
 
 SANITIZE_TESTS := (task_update and not transforms and not finite and not torch_optim) or \
-  (test_attention.py and (float32 or strides or empty or order_of_inputs))
+  (test_attention.py and (float32 or bfloat16 or strides or empty or order_of_inputs))
 
 gpu-check:
 	$(PYTHON) setup.py build_ext --inplace

@@ -23,6 +23,8 @@ struct Options {
   const std::optional<Tensor>& seeds;
   int64_t left, right;
   double dropout_p, scale;
+  // Whether products may round what they multiply to bfloat16.
+  bool bfloat16;
 };
 
 // (out, statistics)

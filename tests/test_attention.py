@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -104,6 +105,43 @@ def test_half_is_as_good_as_eager(case: AttentionCase, dtype: torch.dtype, gener
         pytest.skip("the lowest float32 is -inf in float16")
     for name, (error, bar) in errors_and_bars(case, dtype, generator).items():
         assert error <= bar + 2 * torch.finfo(dtype).eps, name
+
+
+@CASES
+def test_bfloat16_of_wide_heads(case: AttentionCase, generator: torch.Generator) -> None:
+    """Heads that tile instructions are used for, where there are some: none as wide as a tile, or two."""
+    wide = replace(case, head_dim=case.head_dim + 17, value_dim=(case.value_dim or case.head_dim) + 30)
+    for name, (error, bar) in errors_and_bars(wide, torch.bfloat16, generator).items():
+        assert error <= bar + 2 * torch.finfo(torch.bfloat16).eps, name
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "head_dim", "value_dim"),
+    [
+        (1, 1, 16, 16),
+        (33, 31, 64, 64),
+        (17, 600, 128, 96),
+        (290, 33, 100, 16),
+        (130, 1030, 65, 130),
+        (40, 50, 512, 513),
+    ],
+)
+def test_bfloat16_of_awkward_sizes(
+    rows: int, columns: int, head_dim: int, value_dim: int, generator: torch.Generator
+) -> None:
+    case = AttentionCase("", rows, columns, head_dim, value_dim=value_dim, lead=(1,), key_offset=3.0)
+    for name, (error, bar) in errors_and_bars(case, torch.bfloat16, generator).items():
+        assert error <= bar + 2 * torch.finfo(torch.bfloat16).eps, name
+
+
+def test_bfloat16_passes_on_what_is_not_finite(generator: torch.Generator) -> None:
+    query, key, value = (torch.randn(1, 1, 40, 32, generator=generator, dtype=torch.bfloat16) for _ in range(3))
+    query[0, 0, 3, 5] = math.nan
+    value[0, 0, 7, 2] = math.inf
+    found = attention("fused")(query, key, value)
+    expected = attention("reference")(query, key, value)
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert torch.equal(found.isposinf(), expected.isposinf())
 
 
 def test_gradcheck(generator: torch.Generator) -> None:
@@ -451,10 +489,10 @@ def test_a_bias_that_all_columns_share_has_no_effect(generator: torch.Generator)
     assert gradient.abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512", "amx"])
 def test_each_instruction_set(capability: str) -> None:
-    """The case table in a process that is held to narrower vectors, in float32 and float64."""
-    order = ["baseline", "avx2", "avx512"]
+    """The case table in a process that is held to narrower vectors."""
+    order = ["baseline", "avx2", "avx512", "amx"]
     available = metafast.build_info()["extension"]["cpu_capability"]
     if order.index(capability) > order.index(available):
         pytest.skip(f"this machine has {available} at most")
@@ -465,7 +503,7 @@ import torch, metafast
 from metafast.testing import ATTENTION_CASES, relative_error, second_order
 attention = lambda b: lambda *a, **k: metafast.scaled_dot_product_attention(*a, **k, backend=b)
 for case in ATTENTION_CASES:
-    for dtype, bar in ((torch.float32, 1e-4), (torch.float64, 1e-11)):
+    for dtype, bar in ((torch.bfloat16, 0.1), (torch.float32, 1e-4), (torch.float64, 1e-11)):
         inputs = case.inputs(dtype, torch.Generator().manual_seed(0))
         exact = second_order(attention("reference"), inputs.to(torch.float64))
         for name, value in second_order(attention("fused"), inputs).items():

@@ -26,7 +26,7 @@ void forward(const Problem<T>& problem, Matrices<T> out, T* statistics) {
       factors.draw(i);
       factors.multiply(p + i * scratch.stride);
     }
-    to_rows(panel, dv, T(1), {pair(scratch.scores(weights), scratch.slices(of_value, panel))}, rows_of(out, panel));
+    to_rows(problem, panel, dv, T(1), {pair(scratch.scores(weights), scratch.slices(of_value, panel))}, rows_of(out, panel));
   });
 }
 
@@ -38,9 +38,9 @@ void backward(const Problem<T>& problem, const T* statistics, Matrices<const T> 
     if (panel.columns() == 0) return zero_rows(rows_of(grad_query, panel), panel.count, d);
     const auto g = rows_of(grad_out, panel), p = scratch.scores(weights), e = scratch.scores(gradients);
     score_gradients(problem, panel, statistics, g, scratch);
-    to_keys(panel, scratch, dv, T(1), {pair(p, g)}, grad_value);
-    to_rows(panel, d, problem.scale, {pair(e, scratch.slices(of_key, panel))}, rows_of(grad_query, panel));
-    to_keys(panel, scratch, d, problem.scale, {pair(e, rows_of(problem.q, panel))}, grad_key);
+    to_keys(problem, panel, scratch, dv, T(1), {pair(p, g)}, grad_value);
+    to_rows(problem, panel, d, problem.scale, {pair(e, scratch.slices(of_key, panel))}, rows_of(grad_query, panel));
+    to_keys(problem, panel, scratch, d, problem.scale, {pair(e, rows_of(problem.q, panel))}, grad_key);
   });
 }
 
@@ -52,7 +52,7 @@ void jvp(const Problem<T>& problem, const T* statistics, const Tangents<T>& tang
     if (panel.columns() == 0) return zero_rows(rows_of(tangent_out, panel), panel.count, dv);
     tangent_weights(problem, tangent, panel, statistics, scratch);
     const auto p = scratch.scores(weights), t = scratch.scores(tangents);
-    to_rows(panel, dv, T(1), {pair(t, scratch.slices(of_value, panel)), pair(p, scratch.slices(of_tangent_value, panel))}, rows_of(tangent_out, panel));
+    to_rows(problem, panel, dv, T(1), {pair(t, scratch.slices(of_value, panel)), pair(p, scratch.slices(of_tangent_value, panel))}, rows_of(tangent_out, panel));
   });
 }
 
@@ -74,12 +74,12 @@ void backward_jvp(const Problem<T>& problem, const T* statistics, Matrices<const
     tangent_score_gradients(problem, tangent, panel, statistics, g, tangent_g, scratch);
     const auto p = scratch.scores(weights), t = scratch.scores(tangents);
     const auto e = scratch.scores(gradients), f = scratch.scores(tangent_gradients);
-    to_rows(panel, dv, T(1), {pair(t, scratch.slices(of_value, panel)), pair(p, scratch.slices(of_tangent_value, panel))}, rows_of(tangent_out, panel));
-    to_rows(panel, d, problem.scale, {pair(f, scratch.slices(of_key, panel)), pair(e, scratch.slices(of_tangent_key, panel))},
+    to_rows(problem, panel, dv, T(1), {pair(t, scratch.slices(of_value, panel)), pair(p, scratch.slices(of_tangent_value, panel))}, rows_of(tangent_out, panel));
+    to_rows(problem, panel, d, problem.scale, {pair(f, scratch.slices(of_key, panel)), pair(e, scratch.slices(of_tangent_key, panel))},
             rows_of(tangent_grad_query, panel));
-    to_keys(panel, scratch, d, problem.scale, {pair(f, rows_of(problem.q, panel)), pair(e, rows_of(tangent.q, panel))}, key_sum);
-    if (tangent_g) to_keys(panel, scratch, dv, T(1), {pair(t, g), pair(p, *tangent_g)}, value_sum);
-    else to_keys(panel, scratch, dv, T(1), {pair(t, g)}, value_sum);
+    to_keys(problem, panel, scratch, d, problem.scale, {pair(f, rows_of(problem.q, panel)), pair(e, rows_of(tangent.q, panel))}, key_sum);
+    if (tangent_g) to_keys(problem, panel, scratch, dv, T(1), {pair(t, g), pair(p, *tangent_g)}, value_sum);
+    else to_keys(problem, panel, scratch, dv, T(1), {pair(t, g)}, value_sum);
   });
 }
 

@@ -59,7 +59,7 @@ class Call {
   Call(const Tensor& query_, const Tensor& key_, const Tensor& value_, const std::optional<Tensor>& attn_mask,
        const std::optional<Tensor>& seeds, int64_t left, int64_t right, double dropout_p, double scale)
       : query(rows_as_read(query_)), key(rows_as_read(key_)), value(rows_as_read(value_)), left_(left), right_(right),
-        dropout_p_(dropout_p), scale_(scale) {
+        dropout_p_(dropout_p), scale_(scale), bfloat16_(query_.scalar_type() == ScalarType::BFloat16) {
     if (attn_mask) mask_.emplace(as_read(*attn_mask));
     if (seeds) seeds_.emplace(torch::stable::contiguous(*seeds));
   }
@@ -69,7 +69,7 @@ class Call {
   // Calls body(problem), whose template argument is the type that is computed in.
   template <typename Body>
   void with_problem(Body body) const {
-    const Options options{mask_, seeds_, left_, right_, dropout_p_, scale_};
+    const Options options{mask_, seeds_, left_, right_, dropout_p_, scale_, bfloat16_};
     switch (query.scalar_type()) {
       case ScalarType::Float: return body(Problem<float>(query, key, value, options));
       case ScalarType::Double: return body(Problem<double>(query, key, value, options));
@@ -81,6 +81,7 @@ class Call {
   std::optional<Tensor> mask_, seeds_;
   int64_t left_, right_;
   double dropout_p_, scale_;
+  bool bfloat16_;
 };
 
 // The directions of a derivative, as tensors.

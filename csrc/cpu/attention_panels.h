@@ -16,11 +16,11 @@ namespace metafast {
 
 constexpr int64_t most_rows = 132;
 
-// A number of columns in whole blocks of the products.
+// A number of columns, or of rows, in whole blocks of the products.
 template <typename T>
-int64_t padded_columns(int64_t columns) {
-  const int64_t block = products<T>().block;
-  return (columns + block - 1) / block * block;
+int64_t padded(const Problem<T>& problem, int64_t size) {
+  const int64_t block = problem.products.block;
+  return (size + block - 1) / block * block;
 }
 
 // What has a row a key and is laid out for products: in blocks for those with panels' rows, in slices for those with their scores.
@@ -41,7 +41,8 @@ int64_t panel_rows(const Problem<T>& problem, int64_t buffers) {
   constexpr int64_t cache = 1024 * 1024;
   const int64_t columns = std::max<int64_t>(problem.widest(most_rows), 1);
   const int64_t fitting = cache / (buffers * columns * int64_t(sizeof(T)));
-  const int64_t most = std::clamp<int64_t>((fitting + 3) / 6 * 6, 18, most_rows);
+  const int64_t together = problem.products.rows;
+  const int64_t most = std::clamp<int64_t>((fitting + together / 2) / together * together, std::max<int64_t>(18, together), most_rows / together * together);
   const int64_t rows = std::max<int64_t>(problem.rows, 1), panels = (rows + most - 1) / most;
   return (rows + panels - 1) / panels;
 }
@@ -69,14 +70,15 @@ template <typename T>
 class Scratch {
  public:
   Scratch(const Problem<T>& problem, int64_t buffers, int64_t panel, const std::vector<Packed<T>>& keys)
-      : stride(stride_of(padded_columns<T>(problem.widest(panel)))), problem_(problem), keys_(keys), size_(panel * stride), height_(panel) {
+      : stride(stride_of(problem, padded(problem, problem.widest(panel)))), problem_(problem), keys_(keys), size_(panel * stride), slice_of_rows_(padded(problem, panel) * problem.products.block),
+        slice_of_keys_(padded(problem, problem.columns) * problem.products.block) {
     int64_t total = buffers * size_;
     const auto take = [&](int64_t size) { return std::exchange(total, total + size); };
     for (const Packed<T>& one : keys_) {
-      blocks_.push_back(take(one.layout & in_blocks ? padded_columns<T>(problem.columns) * one.depth : 0));
-      slices_.push_back(take(one.layout & in_slices ? problem.columns * padded_columns<T>(one.depth) : 0));
+      blocks_.push_back(take(one.layout & in_blocks ? padded(problem, problem.columns) * one.depth : 0));
+      slices_.push_back(take(one.layout & in_slices ? padded(problem, problem.columns) * padded(problem, one.depth) : 0));
     }
-    for (int64_t& offset : rows_) offset = take(panel * padded_columns<T>(std::max(problem.depth, problem.value_depth)));
+    for (int64_t& offset : rows_) offset = take(padded(problem, panel) * padded(problem, std::max(problem.depth, problem.value_depth)));
     memory_ = aligned_memory<T>(total);
   }
 
@@ -92,16 +94,14 @@ class Scratch {
     return {memory_.get() + blocks_[size_t(i)] + panel.begin * depth, depth};
   }
   Operand<const T> slices(int64_t i, const Panel& panel) const {
-    const int64_t block = products<T>().block;
-    return {memory_.get() + slices_[size_t(i)] + panel.begin * block, problem_.columns * block};
+    return {memory_.get() + slices_[size_t(i)] + panel.begin * problem_.products.block, slice_of_keys_};
   }
 
   // A panel's rows as to_keys takes them, in the i-th of two places for them.
   Operand<const T> slices_of_rows(int64_t i, int64_t count, int64_t depth, const T* rows, int64_t row_stride) const {
     T* slices = memory_.get() + rows_[i];
-    const int64_t slice_size = height_ * products<T>().block;
-    products<T>().slice(count, depth, rows, row_stride, slices, slice_size);
-    return {slices, slice_size};
+    problem_.products.slice(count, depth, rows, row_stride, slices, slice_of_rows_);
+    return {slices, slice_of_rows_};
   }
 
   void move_to(int64_t batch, int64_t key_head) {
@@ -113,10 +113,8 @@ class Scratch {
       if (!matrices) continue;
       const T* keys = matrices->at(batch, key_head);
       const int64_t key_stride = matrices->row_stride, columns = problem_.columns;
-      if (layout & in_blocks) products<T>().pack(columns, depth, keys, key_stride, memory_.get() + blocks_[i]);
-      if (layout & in_slices) {
-        products<T>().slice(columns, depth, keys, key_stride, memory_.get() + slices_[i], columns * products<T>().block);
-      }
+      if (layout & in_blocks) problem_.products.pack(columns, depth, keys, key_stride, memory_.get() + blocks_[i]);
+      if (layout & in_slices) problem_.products.slice(columns, depth, keys, key_stride, memory_.get() + slices_[i], slice_of_keys_);
     }
   }
 
@@ -124,11 +122,13 @@ class Scratch {
 
  private:
   // Rows a large power of two apart would compete for the same lines of the cache.
-  static int64_t stride_of(int64_t columns) { return columns % 256 == 0 ? columns + products<T>().block : columns; }
+  static int64_t stride_of(const Problem<T>& problem, int64_t columns) { return columns % 256 == 0 ? columns + problem.products.block : columns; }
 
   const Problem<T>& problem_;
   const std::vector<Packed<T>>& keys_;
-  const int64_t size_, height_;
+  const int64_t size_;
+  // From one slice to the next, of a panel's rows and of keys.
+  const int64_t slice_of_rows_, slice_of_keys_;
   std::vector<int64_t> blocks_, slices_;
   int64_t rows_[2];
   Memory<T> memory_;

@@ -13,6 +13,7 @@
 
 #include "attention.h"
 #include "cpu/products.h"
+#include "cpu/tile_products.h"
 
 namespace metafast {
 
@@ -55,6 +56,20 @@ struct Dropout {
   double scale;
 };
 
+// What multiplies: for bfloat16, tiles where the machine has them and heads are wide enough.
+template <typename T>
+const Products<T>& products_for(bool, int64_t, int64_t) {
+  return products<T>();
+}
+
+template <>
+inline const Products<float>& products_for<float>(bool bfloat16, int64_t depth, int64_t value_depth) {
+  const auto [narrow, wide] = std::minmax(depth, value_depth);
+  const bool fits = bfloat16 && narrow >= tile_products_least_depth && wide <= tile_products_most_depth;
+  const Products<float>* tiles = fits ? tile_products() : nullptr;
+  return tiles ? *tiles : products<float>();
+}
+
 // What the passes have in common: sizes, what may be attended to, and the scale.
 template <typename T>
 struct Problem {
@@ -62,6 +77,7 @@ struct Problem {
 
   Problem(const Tensor& query, const Tensor& key, const Tensor& value, const Options& options)
       : lead(query.sizes().begin(), query.sizes().end() - 3), q(query, lead), k(key, lead), v(value, lead),
+        products(products_for<T>(options.bfloat16, query.size(query.dim() - 1), value.size(value.dim() - 1))),
         left(options.left), right(options.right), scale(T(options.scale)) {
     const int64_t rank = query.dim();
     for (int64_t size : lead) batches *= size;
@@ -87,6 +103,7 @@ struct Problem {
   std::optional<Matrices<const bool>> keep;
   std::optional<Matrices<const T>> bias;
   std::optional<Dropout> dropout;
+  const Products<T>& products;
   int64_t batches = 1, heads, key_heads, rows, columns, depth, value_depth;
   int64_t left, right;
   T scale;
@@ -95,7 +112,7 @@ struct Problem {
 
   // The most keys that a panel of so many rows reads, masks aside.
   int64_t widest(int64_t panel_rows) const {
-    const int64_t aligning = 2 * products<T>().block;
+    const int64_t aligning = 2 * products.block;
     return left < 0 || right < 0 ? columns : std::min(columns, left + right + panel_rows + aligning);
   }
 };
@@ -117,7 +134,7 @@ struct Panel {
 template <typename T>
 void align(const Problem<T>& problem, Panel& panel) {
   if (panel.columns() == 0) return;
-  const int64_t block = products<T>().block;
+  const int64_t block = problem.products.block;
   panel.begin = panel.begin / block * block;
   panel.end = std::min(problem.columns, (panel.end + block - 1) / block * block);
 }

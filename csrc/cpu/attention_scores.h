@@ -20,26 +20,26 @@ Factors<T> pair(Operand<const T> left, Operand<const T> right) {
 
 // x = alpha sum rows keys^T; keys as Scratch has laid them out
 template <typename T>
-void outer(const Panel& panel, int64_t depth, T alpha, Pairs<T> pairs, T* x, int64_t stride) {
-  products<T>().outer(panel.count, panel.columns(), depth, alpha, int64_t(pairs.size()), pairs.begin(), x, stride);
+void outer(const Problem<T>& problem, const Panel& panel, int64_t depth, T alpha, Pairs<T> pairs, T* x, int64_t stride) {
+  problem.products.outer(panel.count, panel.columns(), depth, alpha, int64_t(pairs.size()), pairs.begin(), x, stride);
 }
 
 // rows = alpha sum x keys; keys as Scratch has laid them out
 template <typename T>
-void to_rows(const Panel& panel, int64_t depth, T alpha, Pairs<T> pairs, Operand<T> rows) {
-  products<T>().to_rows(panel.count, panel.columns(), depth, alpha, int64_t(pairs.size()), pairs.begin(), rows.data, rows.stride);
+void to_rows(const Problem<T>& problem, const Panel& panel, int64_t depth, T alpha, Pairs<T> pairs, Operand<T> rows) {
+  problem.products.to_rows(panel.count, panel.columns(), depth, alpha, int64_t(pairs.size()), pairs.begin(), rows.data, rows.stride);
 }
 
 // sum = alpha sum x^T rows, or sum + that
 template <typename T>
-void to_keys(const Panel& panel, const Scratch<T>& scratch, int64_t depth, T alpha, Pairs<T> pairs, KeySum<T> sum) {
+void to_keys(const Problem<T>& problem, const Panel& panel, const Scratch<T>& scratch, int64_t depth, T alpha, Pairs<T> pairs, KeySum<T> sum) {
   Factors<T> factors[2];
   int64_t terms = 0;
   for (const auto& [x, x_stride, rows, row_stride] : pairs) {
     factors[terms] = pair({x, x_stride}, scratch.slices_of_rows(terms, panel.count, depth, rows, row_stride));
     ++terms;
   }
-  products<T>().to_keys(panel.count, panel.columns(), depth, alpha, terms, factors, sum.begun, sum.rows.data, sum.rows.stride);
+  problem.products.to_keys(panel.count, panel.columns(), depth, alpha, terms, factors, sum.begun, sum.rows.data, sum.rows.stride);
 }
 
 template <typename T>
@@ -54,7 +54,7 @@ void add_mask(const Matrices<const T>& mask, const Panel& panel, T* s, int64_t s
 template <typename T>
 void scores(const Problem<T>& problem, const Panel& panel, const Scratch<T>& scratch, T* s) {
   const int64_t stride = scratch.stride;
-  outer(panel, problem.depth, problem.scale, {pair(rows_of(problem.q, panel), scratch.blocks(of_key, panel))}, s, stride);
+  outer(problem, panel, problem.depth, problem.scale, {pair(rows_of(problem.q, panel), scratch.blocks(of_key, panel))}, s, stride);
   if (problem.bias) return add_mask(*problem.bias, panel, s, stride);
   if (!problem.keep) return;
   const auto& keep = *problem.keep;
@@ -119,7 +119,7 @@ void score_gradients(const Problem<T>& problem, const Panel& panel, const T* sta
   const int64_t stride = scratch.stride;
   T *p = scratch[weights], *e = scratch[gradients];
   probabilities(problem, panel, statistics, scratch, p);
-  outer(panel, problem.value_depth, T(1), {pair(grad_out, scratch.blocks(of_value, panel))}, e, stride);
+  outer(problem, panel, problem.value_depth, T(1), {pair(grad_out, scratch.blocks(of_value, panel))}, e, stride);
   DropoutFactors<T> factors(problem, panel);
   for (int64_t i = 0; i < panel.count; ++i) {
     T *p_row = p + i * stride, *e_row = e + i * stride;
@@ -135,7 +135,7 @@ template <typename T>
 void tangent_scores(const Problem<T>& problem, const Tangents<T>& tangent, const Panel& panel, const Scratch<T>& scratch, T* t) {
   const auto with_key = pair(rows_of(tangent.q, panel), scratch.blocks(of_key, panel));
   const auto with_tangent_key = pair(rows_of(problem.q, panel), scratch.blocks(of_tangent_key, panel));
-  outer(panel, problem.depth, problem.scale, {with_key, with_tangent_key}, t, scratch.stride);
+  outer(problem, panel, problem.depth, problem.scale, {with_key, with_tangent_key}, t, scratch.stride);
   if (tangent.mask) add_mask(*tangent.mask, panel, t, scratch.stride);
 }
 
@@ -167,9 +167,9 @@ void tangent_score_gradients(const Problem<T>& problem, const Tangents<T>& tange
   tangent_scores(problem, tangent, panel, scratch, t);
   const auto value = scratch.blocks(of_value, panel);
   const auto with_tangent_value = pair(grad_out, scratch.blocks(of_tangent_value, panel));
-  outer(panel, dv, T(1), {pair(grad_out, value)}, e, stride);
-  if (tangent_grad_out) outer(panel, dv, T(1), {with_tangent_value, pair(*tangent_grad_out, value)}, f, stride);
-  else outer(panel, dv, T(1), {with_tangent_value}, f, stride);
+  outer(problem, panel, dv, T(1), {pair(grad_out, value)}, e, stride);
+  if (tangent_grad_out) outer(problem, panel, dv, T(1), {with_tangent_value, pair(*tangent_grad_out, value)}, f, stride);
+  else outer(problem, panel, dv, T(1), {with_tangent_value}, f, stride);
   DropoutFactors<T> factors(problem, panel);
   for (int64_t i = 0; i < panel.count; ++i) {
     T *p_row = p + i * stride, *t_row = t + i * stride, *e_row = e + i * stride, *f_row = f + i * stride;

@@ -1,4 +1,4 @@
-// The matrix products of attention on one thread. A BLAS packs both operands anew in every call, for each panel of rows and for
+// The matrix products of attention on one thread, in the type of their factors; in bfloat16 see tile_products.h. A BLAS packs both operands anew in every call, for each panel of rows and for
 // the smallest of heads; here what belongs to the keys of a head is laid out once and read by all of its panels, and of what has
 // a row a query, only what is multiplied with a panel's columns is copied.
 //
@@ -25,6 +25,8 @@ struct Factors {
 template <typename T>
 struct Products {
   int64_t block;
+  // Rows that are multiplied at a time, of which panels should have whole ones.
+  int64_t rows;
 
   // blocked = keys, and slices = rows, both [rows, depth]; from one slice to the next it is slice_size.
   void (*pack)(int64_t columns, int64_t depth, const T* keys, int64_t stride, T* blocked);

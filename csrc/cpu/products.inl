@@ -185,6 +185,6 @@ void to_keys(int64_t count, int64_t columns, int64_t depth, REAL alpha, int64_t 
   }
 }
 
-const Products<REAL> table{block, pack, slice, outer, to_rows, to_keys};
+const Products<REAL> table{block, 6, pack, slice, outer, to_rows, to_keys};
 
 }  // namespace CAPABILITY_NAMESPACE

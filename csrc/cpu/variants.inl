@@ -31,6 +31,7 @@
 
 inline const auto& widest_table() {
   switch (cpu_capability()) {
+    case Capability::amx:
     case Capability::avx512: return avx512::table;
     case Capability::avx2: return avx2::table;
     default: return baseline::table;
