@@ -134,6 +134,7 @@ def build_info() -> dict[str, Any]:
         "triton": getattr(triton, "__version__", None),
         "cuda": torch.version.cuda,
         "extension": compiled.build_info() if compiled is not None else None,
+        "requested backend": requested_backend(),
         "backends": {
             "fused (cpu)": _usable(extension_problem()),
             "fused (cuda)": _usable(cuda),

@@ -77,6 +77,8 @@ def report(result: str) -> int:
         results = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise SystemExit(f"bench: expected a result file of a benchmark, got {result}: {error}") from error
+    if not isinstance(results, dict) or not isinstance(results.get("benchmarks"), list):
+        raise SystemExit(f"bench: expected a result file of a benchmark, got {result} without a list of benchmarks")
     print("\n".join(table(results)))
     print(f"\nfrom {path}")
     if importlib.util.find_spec("matplotlib") is None:

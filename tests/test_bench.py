@@ -77,6 +77,9 @@ def test_without_matplotlib_the_table_remains(tmp_path, capsys, monkeypatch):
 def test_what_is_not_a_result_file_is_refused(tmp_path):
     with pytest.raises(SystemExit, match="expected a result file"):
         main(["bench", "--from", str(tmp_path / "none.json")])
+    (tmp_path / "empty.json").write_text("{}")
+    with pytest.raises(SystemExit, match=r"expected a result file .* without a list of benchmarks"):
+        main(["bench", "--from", str(tmp_path / "empty.json")])
 
 
 def test_an_unknown_suite_is_refused():

@@ -394,6 +394,15 @@ def test_python_that_looks_at_values(draw):
         learner(loss_fn=lambda model, batch: loss_fn(model, batch) * batch[0].sum().item())(draw(), draw())
 
 
+@pytest.mark.parametrize(
+    "look", [torch.Tensor.item, float, bool, torch.Tensor.tolist, lambda scale: float(scale.numpy())]
+)
+def test_python_that_looks_at_tensors_of_its_own(draw, look):
+    scale = torch.tensor(2.0, dtype=torch.float64)
+    with pytest.raises(NotRecordableError, match="depends on the values of tensors in Python"):
+        learner(loss_fn=lambda model, batch: loss_fn(model, batch) * look(scale))(draw(), draw())
+
+
 def test_gradients_that_would_be_lost(draw):
     support, query = draw(), draw()
     scale = torch.ones((), dtype=torch.float64, requires_grad=True)

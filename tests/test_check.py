@@ -64,6 +64,23 @@ def test_reptile_without_query(setting):
     assert report.error <= 2 * report.reference_error < 1e-3
 
 
+def test_gradients_that_softmax_cancels(generator):
+    """Of a bias of the keys the exact gradient is 0, and what is found is rounding."""
+
+    def loss(model, batch):
+        key, value = model["key"](batch), model["value"](batch)
+        return F.scaled_dot_product_attention(batch, key, value).square().mean()
+
+    model = nn.ModuleDict({"key": nn.Linear(4, 4), "value": nn.Linear(4, 2)})
+    support, query = (torch.randn(2, 3, 5, 4, generator=generator) for _ in range(2))
+    meta = metafast.MAML(model, loss, inner=metafast.inner.SGD(lr=0.1), steps=1)
+    report = metafast.check(meta, support, query, rounds=1)
+    assert report.max_error < 1e-4
+    assert "model.key.bias" in report.errors
+    with pytest.raises(ValueError, match="rounds: expected at least 1, got 0"):
+        metafast.check(meta, support, query, rounds=0)
+
+
 def test_bad_meta():
     with pytest.raises(TypeError, match=r"meta: expected a metafast algorithm such as metafast.MAML, got Linear"):
         metafast.check(nn.Linear(1, 1), None)

@@ -300,10 +300,17 @@ def test_what_is_refused(generator):
         ours.innerloop_ctx(model, torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)),
     ):
         pass
+    with pytest.raises(AttributeError, match="has innerloop_ctx, and no 'create_diff_optim': take that from higher"):
+        ours.create_diff_optim  # noqa: B018
     opt = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5)
     with (
         pytest.raises(ValueError, match=r"override\['lr'\]: expected 1 value or 1, one a group, got 2"),
         ours.innerloop_ctx(model, opt, override={"lr": [1.0, 2.0]}),
+    ):
+        pass
+    with (
+        pytest.raises(ValueError, match=r"override: expected settings of the optimizer, lr, .*; got 'learning_rate'"),
+        ours.innerloop_ctx(model, opt, override={"learning_rate": [1.0]}),
     ):
         pass
     momentum = torch.tensor(0.5, requires_grad=True)

@@ -18,7 +18,7 @@ from metafast.meta.finite import check_finite, finite_tasks, not_finite
 from metafast.meta.inner_loop import Adapted, InnerLoop, Start
 from metafast.meta.leaves import refuse, strangers
 from metafast.meta.memory import graphs_fit
-from metafast.meta.parameters import Selection, picked, split_parameters
+from metafast.meta.parameters import Selection, Split, picked, split_parameters
 from metafast.meta.rates import LearnedRates
 from metafast.meta.reduction import Ranks, check_reduction, checked_weights
 from metafast.meta.surroundings import Buffers, Surroundings
@@ -108,7 +108,8 @@ class MetaLearner(nn.Module):
             with given shapes, and replay it at the next ones: the same numbers without Python, autograd and allocation
             between the kernels, which is much of the time where tensors are small. On CUDA a replay is one CUDA
             graph. ``model`` and ``loss_fn`` must do the same each time: what they compute in Python is computed once, and a
-            look at the values of tensors is refused. Recording takes seconds; programs for the last few kinds of call are
+            look at the values of tensors is refused, and dropout with ``checkpoint``. A gradient of the gradient is not to
+            be had. Recording takes seconds; programs for the last few kinds of call are
             kept, each with its memory.
         cuda_graph: ``capture``, and an error where the model is not on a CUDA device.
 
@@ -169,7 +170,8 @@ class MetaLearner(nn.Module):
         self.capture = capture or cuda_graph
         self.cuda_graph = cuda_graph
         self._captured = Captured(self)
-        self._adapted_names, self._shared_names = split_parameters(model, adapt_parameters)
+        self._selection = adapt_parameters
+        split_parameters(model, adapt_parameters)
         self.rates = LearnedRates(inner, self._rated_params(), steps)
         self._use_model(model, task_batching)
         self._fits: dict[Any, bool] = {}
@@ -192,7 +194,7 @@ class MetaLearner(nn.Module):
         Args:
             support, query: pytrees of tensors whose first dimension is the task, the same number of tasks in both.
                 ``support`` may be a :class:`metafast.PerStep` of as many batches as there are inner steps.
-            task_weights: ``[T]``, of the tasks' losses in their mean or sum; at least 0.
+            task_weights: ``[T]``, of the tasks' losses in their mean or sum; at least 0, without a gradient.
         """
         device = self.device
         ranks = Ranks(self.reduction, device)
@@ -216,14 +218,13 @@ class MetaLearner(nn.Module):
         steps = self.steps if steps is None else check_count("steps", steps)
         check_support_steps(support, steps)
 
-        def adapted(support: Any) -> tuple[Adapted, Params]:
-            start = self._start(support)
-            return self._loop(order=1)(start, support, tasks, steps), start.shared
+        def adapted(support: Any) -> Adapted:
+            return self._loop(order=1)(self._start(support), support, tasks, steps)
 
         with torch.no_grad(), Buffers(self.model).scratch():
-            (params, losses), shared = self._computed(f"adapt {steps}", adapted, support, update_buffers=False)
+            params, losses = self._computed(f"adapt {steps}", adapted, support, update_buffers=False)
         check_finite(losses, None)
-        params, shared = ({name: p.detach() for name, p in own.items()} for own in (params, shared))
+        params, shared = ({name: p.detach() for name, p in own.items()} for own in (params, self._shared()))
         return self._learners(params, shared)
 
     @property
@@ -244,16 +245,22 @@ class MetaLearner(nn.Module):
     def _learners(self, params: Params, shared: Params) -> Learners:
         return Learners(self._outputs, params, shared)
 
+    def _split(self) -> Split:
+        """Which parameters are adapted and which shared, as they are now: some may have been frozen or replaced."""
+        return split_parameters(self.model, self._selection)
+
     def _start(self, support: Any) -> Start:
-        return Start(
-            params=picked(self.model, self._adapted_names),
-            shared=picked(self.model, self._shared_names),
-            rates=self.rates,
-        )
+        if self.rates.by_name:
+            self.rates.check_names(self._rated_params())
+        return Start(params=picked(self.model, self._split().adapted), shared=self._shared(), rates=self.rates)
+
+    def _shared(self) -> Params:
+        """The parameters themselves that all tasks share, by the names that tasks compute with."""
+        return picked(self.model, self._split().shared)
 
     def _rated_params(self) -> Params:
         """What learned rates are for."""
-        return picked(self.model, self._adapted_names)
+        return picked(self.model, self._split().adapted)
 
     def _loop(self, order: int, checkpoint: bool = False) -> InnerLoop:
         return InnerLoop(self._losses, self.inner, order, checkpoint, self.micro_batches)

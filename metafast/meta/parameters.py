@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, TypeAlias
 
 from torch import nn
@@ -26,21 +27,21 @@ def split_parameters(model: nn.Module, selection: Selection | None) -> Split:
 
     Raises:
         TypeError: ``selection`` is neither patterns nor a callable.
-        ValueError: nothing is left to adapt.
+        ValueError: nothing is left to adapt, or a pattern matches no parameter at all.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if selection is None:
         chosen = {id(p) for p in trained.values()}
     else:
-        matches = _predicate(selection)
-        chosen = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if matches(name, p)}
+        named = list(model.named_parameters(remove_duplicate=False))
+        matches = _predicate(selection, [name for name, _ in named])
+        chosen = {id(p) for name, p in named if matches(name, p)}
     adapted = [name for name, p in trained.items() if id(p) in chosen]
     if not trained:
         raise ValueError("model: expected parameters that require a gradient, got none to adapt")
     if not adapted:
-        some = ", ".join(list(trained)[:5]) + (", …" if len(trained) > 5 else "")
         raise ValueError(
-            f"adapt_parameters: expected to match a parameter that requires a gradient of {some}; got none"
+            f"adapt_parameters: expected to match a parameter that requires a gradient of {_some(trained)}; got none"
         )
     return Split(adapted, [name for name in trained if name not in set(adapted)])
 
@@ -51,11 +52,19 @@ def picked(model: nn.Module, names: Sequence[str]) -> Params:
     return {name: params[name] for name in names}
 
 
-def _predicate(selection: Selection) -> Callable[[str, nn.Parameter], bool]:
+def _predicate(selection: Selection, names: Sequence[str]) -> Callable[[str, nn.Parameter], bool]:
     if callable(selection):
         return selection
     patterns = [selection] if isinstance(selection, str) else list(selection)
     if not all(isinstance(pattern, str) for pattern in patterns):
         kinds = ", ".join(sorted({type(pattern).__name__ for pattern in patterns}))
         raise TypeError(f"adapt_parameters: expected patterns or a callable(name, parameter), got a list of {kinds}")
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise ValueError(f"adapt_parameters: expected to match a parameter of {_some(names)}; got {pattern!r}")
     return lambda name, _: any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _some(names: Iterable[str]) -> str:
+    first = list(itertools.islice(names, 6))
+    return ", ".join(first[:5]) + (", …" if len(first) > 5 else "")

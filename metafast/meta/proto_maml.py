@@ -59,13 +59,16 @@ class ProtoMAML(MAML):
 
     def _start(self, support: Any) -> Start:
         start = super()._start(support)
-        prototypes, _ = self._prototypes({}, {**start.params, **start.shared}, (support_at(support, 0),))
+        prototypes, _ = self._prototypes({}, {**start.params, **super()._shared()}, (support_at(support, 0),))
         return Start(
             params={f"body.{name}": p for name, p in start.params.items()},
-            shared={f"body.{name}": p for name, p in start.shared.items()},
+            shared=start.shared,
             own={"weight": 2 * prototypes, "bias": -prototypes.square().sum(-1)},
             rates=start.rates,
         )
+
+    def _shared(self) -> Params:
+        return {f"body.{name}": p for name, p in super()._shared().items()}
 
     def _rated_params(self) -> Params:
         body = {f"body.{name}": p for name, p in super()._rated_params().items()}

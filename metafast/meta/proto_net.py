@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from metafast.inner import SGD
 from metafast.meta.base import MetaLearner, Options, Run
 from metafast.meta.inner_loop import Start
-from metafast.meta.parameters import picked
+from metafast.meta.parameters import Split
 from metafast.meta.prototypes import Part, Prototypes, check_ways, inputs_of, labels_of
-from metafast.meta.tasks import Learners, LossFn, PerStep, TaskFunction
+from metafast.meta.tasks import Learners, LossFn, Params, PerStep, TaskFunction
 
 
 class ProtoNet(MetaLearner):
@@ -48,7 +48,6 @@ class ProtoNet(MetaLearner):
         **options: Unpack[Options],
     ) -> None:
         super().__init__(model, loss_fn, inner=SGD(lr=0.0), steps=0, order=1, **options)
-        self._adapted_names, self._shared_names = [], self._adapted_names + self._shared_names
         self.ways = check_ways(ways)
         batching = options.get("task_batching", "auto")
         self._prototypes = TaskFunction(Prototypes(model, ways, inputs, labels), batching, prefix="model.")
@@ -63,10 +62,15 @@ class ProtoNet(MetaLearner):
     def _start(self, support: Any) -> Start:
         if isinstance(support, PerStep):
             raise TypeError("support: ProtoNet takes no steps, expected one support set, got PerStep")
-        shared = picked(self.model, self._shared_names)
-        prototypes, present = self._prototypes({}, shared, (support,))
-        body = {f"body.{name}": p for name, p in shared.items()}
-        return Start(params={}, shared=body, own={"prototypes": prototypes, "present": present})
+        prototypes, present = self._prototypes({}, super()._shared(), (support,))
+        return Start(params={}, shared=self._shared(), own={"prototypes": prototypes, "present": present})
+
+    def _split(self) -> Split:
+        adapted, shared = super()._split()
+        return Split([], adapted + shared)
+
+    def _shared(self) -> Params:
+        return {f"body.{name}": p for name, p in super()._shared().items()}
 
     def _run(self, support: Any, query: Any, tasks: int) -> Run:
         start = self._start(support)

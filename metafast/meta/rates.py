@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -33,6 +33,8 @@ class LearnedRates(nn.Module):
         self._log = rule.learn_log
         self._names = list(params)
         self._steps = max(steps, 1)
+        if not self._granularity:
+            return
         example = next(iter(params.values()))
         # Single numbers are cheap to keep in float32 beside parameters of half precision.
         dtype = torch.float64 if example.dtype == torch.float64 else torch.float32
@@ -52,6 +54,20 @@ class LearnedRates(nn.Module):
             else:
                 rates = torch.full(sizes[granularity], value, dtype=dtype, device=example.device)
                 self.register_parameter(rate, nn.Parameter(rates))
+
+    @property
+    def by_name(self) -> bool:
+        """Whether there are rates that only some parameters have."""
+        return any(granularity.startswith(("tensor", "parameter")) for granularity in self._granularity.values())
+
+    def check_names(self, params: Iterable[str]) -> None:
+        """Raises ValueError where the parameters that are adapted are no longer those that rates were made for."""
+        if (names := list(params)) != self._names:
+            changed = sorted(set(names) ^ set(self._names)) or names
+            raise ValueError(
+                "adapt_parameters: expected the parameters that the learner was made with, since it has learned rates for "
+                f"each; got others in {', '.join(changed)}. Make a new learner after freezing or replacing parameters"
+            )
 
     def forward(self, step: int) -> dict[str, Any]:
         """The rates of a step, as :func:`metafast.task_update` takes them."""

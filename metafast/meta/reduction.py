@@ -22,7 +22,7 @@ def checked_weights(weights: Tensor | None, tasks: int, device: torch.device) ->
     """The weights ``[T]`` of the tasks in the loss, 1 where none are given.
 
     Raises:
-        TypeError, ValueError: they are not ``tasks`` numbers of at least 0, one above.
+        TypeError, ValueError: they are not ``tasks`` numbers of at least 0, one above, or require a gradient.
     """
     if weights is None:
         return torch.ones(tasks, dtype=torch.float64, device=device)
@@ -30,6 +30,11 @@ def checked_weights(weights: Tensor | None, tasks: int, device: torch.device) ->
         raise TypeError(f"task_weights: expected a tensor [{tasks}], got {type(weights).__name__}")
     if weights.shape != (tasks,):
         raise ValueError(f"task_weights: expected shape ({tasks},), one a task, got {tuple(weights.shape)}")
+    if weights.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "task_weights: expected a tensor that requires no gradient, since none is computed for it; detach() it, or "
+            "weight the losses in loss_fn"
+        )
     if not (weights >= 0).all() or not weights.sum() > 0:
         raise ValueError(f"task_weights: expected at least 0 and a sum above 0, got {weights.tolist()}")
     return weights.detach().to(device=device, dtype=torch.float64)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -74,6 +75,8 @@ def count_tasks(batch: Any, name: str) -> int:
             f"{name}: expected tensors whose first dimension is the task, got {type(batch).__name__} without any"
         )
     for leaf in leaves:
+        if isinstance(leaf, Mapping):
+            raise TypeError(f"{name}: expected a dict of tensors, got a {type(leaf).__name__}; pass dict({name})")
         if not isinstance(leaf, Tensor):
             raise TypeError(f"{name}: expected tensors whose first dimension is the task, got a {type(leaf).__name__}")
         if leaf.ndim == 0:
@@ -132,44 +135,67 @@ class TaskFunction:
         self._prefix = prefix
         self._names = replaced_names(module)
 
-    def __call__(self, own: Params, shared: Params, inputs: tuple[Any, ...]) -> Any:
+    def __call__(
+        self,
+        own: Params,
+        shared: Params,
+        inputs: tuple[Any, ...],
+        named: dict[str, Any] | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> Any:
         """Outputs, task dimension first.
 
         Args:
             own: parameters (or buffers) ``[T, *shape]`` of each task.
             shared: parameters ``[*shape]`` that stand in for the module's, the same for all tasks.
-            inputs: positional arguments, task dimension first.
+            inputs, named: positional and keyword arguments, task dimension first.
+            options: keyword arguments that are the same for all tasks.
         """
+
+        def one(own: Params, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
+            return self._one({**own, **shared}, inputs, {**named, **(options or {})})
+
+        arguments = own, inputs, named or {}
         with accelerated_thread(self._names):
             if self._batching == "loop":
-                return self._loop(own, shared, inputs)
+                return self._loop(one, arguments)
             buffers = Buffers(self.module)
             try:
-                return vmap(lambda own, inputs: self._one({**own, **shared}, inputs), randomness="different")(
-                    own, inputs
-                )
+                return vmap(one, randomness="different")(*arguments)
             except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
                 if self._batching == "vmap":
                     raise
                 buffers.restore()
                 # Whatever else is wrong with the model or the loss shows itself again, as an error of its own.
-                result = self._loop(own, shared, inputs)
-                logger.warning("tasks run one after another, since the model does not run under vmap: %s", error)
+                result = self._loop(one, arguments)
+                logger.warning(
+                    "tasks run one after another, since the model does not run under vmap: %s%s",
+                    error,
+                    _hint(self.module),
+                )
                 self._batching = "loop"
                 return result
 
-    def _one(self, params: Params, inputs: tuple[Any, ...]) -> Any:
+    def _one(self, params: Params, inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
         params = {self._prefix + name: value for name, value in params.items()}
         with recomputed_with(self.module, params, self._names):
-            return functional_call(self.module, params, inputs)
+            return functional_call(self.module, params, inputs, options)
 
-    def _loop(self, own: Params, shared: Params, inputs: tuple[Any, ...]) -> Any:
-        leaves, structure = pytree.tree_flatten((own, inputs))
-        results = []
-        for task in zip(*(leaf.unbind(0) for leaf in leaves), strict=True):
-            params, arguments = pytree.tree_unflatten(list(task), structure)
-            results.append(self._one({**params, **shared}, arguments))
+    @staticmethod
+    def _loop(one: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+        leaves, structure = pytree.tree_flatten(arguments)
+        tasks = zip(*(leaf.unbind(0) for leaf in leaves), strict=True)
+        results = [one(*pytree.tree_unflatten(list(task), structure)) for task in tasks]
         return pytree.tree_map(lambda *outputs: torch.stack(outputs), *results)
+
+
+def _hint(module: nn.Module) -> str:
+    if any(type(part).__module__.startswith("transformers.") for part in module.modules()):
+        return (
+            "; metafast.integrations.huggingface.register() and attn_implementation='metafast' let models of transformers "
+            "run under it"
+        )
+    return ""
 
 
 class _Loss(nn.Module):
@@ -217,7 +243,8 @@ class TaskLosses:
 
 
 class Learners:
-    """The adapted models of a batch of tasks; ``learners(inputs)`` runs every task's on its own inputs.
+    """The adapted models of a batch of tasks; ``learners(inputs)`` runs every task's on its own inputs, and
+    ``learners.model(task)`` is one of them as a module, to be saved or to generate text with.
 
     Attributes:
         params: adapted parameters by name, ``[T, *shape]``, without a graph. All else is the model's own, not a copy.
@@ -228,10 +255,39 @@ class Learners:
         self._function = function
         self._shared = shared
 
-    def __call__(self, *inputs: Any) -> Any:
-        """Outputs of every task's model, task dimension first; so are the inputs."""
-        tasks = count_tasks(inputs, "inputs")
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
+        """Outputs of every task's model, task dimension first; so are the inputs.
+
+        Args:
+            inputs, options: arguments of the model. Keyword arguments without a tensor, such as ``use_cache=False``, are the
+                same for all tasks.
+        """
+        named = {
+            name: value
+            for name, value in options.items()
+            if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
+        }
+        tasks = count_tasks((inputs, named), "inputs")
         expected = next(iter(self.params.values())).shape[0] if self.params else tasks
         if tasks != expected:
             raise ValueError(f"inputs: expected {expected} tasks, as many as were adapted to, got {tasks}")
-        return self._function(self.params, self._shared, inputs)
+        same = {name: value for name, value in options.items() if name not in named}
+        return self._function(self.params, self._shared, inputs, named, same)
+
+    def model(self, task: int) -> nn.Module:
+        """A copy of the model with the parameters of one task.
+
+        Raises:
+            ValueError: the algorithm's learners have state besides the model's parameters (prototypes, a head of their own).
+            IndexError: there is no such task.
+        """
+        module = copy.deepcopy(self._function.module)
+        params = dict(module.named_parameters())
+        if missing := sorted(set(self.params) - set(params)):
+            raise ValueError(
+                f"model: the learners have {', '.join(missing)} beside the model's parameters; call them instead"
+            )
+        with torch.no_grad():
+            for name, values in self.params.items():
+                params[name].copy_(values[task])
+        return module

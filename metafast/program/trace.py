@@ -11,9 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from metafast.program.aliases import Aliases, reshapes_in_place
 
@@ -56,7 +63,8 @@ def record(function: Callable[..., Any], inputs: list[Tensor]) -> Recorded:
     structure: list[pytree.TreeSpec] = []
 
     def flat(*tensors: Tensor) -> list[Tensor]:
-        leaves, spec = pytree.tree_flatten(function(*tensors))
+        with _RefusingLooks(), _RefusingCopies():
+            leaves, spec = pytree.tree_flatten(function(*tensors))
         structure.append(spec)
         return leaves
 
@@ -89,6 +97,24 @@ def record(function: Callable[..., Any], inputs: list[Tensor]) -> Recorded:
             "the computation changes a tensor in place that is neither an input nor made by it; register it as a buffer"
         )
     return Recorded(module, structure[0])
+
+
+class _RefusingLooks(TorchDispatchMode):
+    """Refuses to tell Python the value of a tensor that the function did not make: it may be another one at a replay."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and not isinstance(args[0], FakeTensor):
+            raise NotRecordableError(f"{_LOOKS} {func}")
+        return func(*args, **(kwargs or {}))
+
+
+class _RefusingCopies(TorchFunctionMode):
+    """The same for values that are read from memory, which no operation tells of."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.tolist, Tensor.numpy, Tensor.__array__) and not isinstance(args[0], FakeTensor):
+            raise NotRecordableError(f"{_LOOKS} Tensor.{func.__name__}")
+        return func(*args, **(kwargs or {}))
 
 
 def draws_random_numbers(node: fx.Node) -> bool:

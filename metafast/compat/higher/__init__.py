@@ -62,3 +62,7 @@ def innerloop_ctx(
     )
     with accelerated_thread(replaced_names(model)):
         yield fmodel, diffopt
+
+
+def __getattr__(name: str) -> Any:
+    raise AttributeError(f"{__name__} has {', '.join(__all__)}, and no {name!r}: take that from higher itself")

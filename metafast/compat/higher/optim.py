@@ -159,6 +159,9 @@ class DifferentiableOptimizer:
 
     def _apply(self, override: Override) -> None:
         for name, values in override.items():
+            if any(name not in group for group in self.param_groups):
+                known = ", ".join(self.param_groups[0])
+                raise ValueError(f"override: expected settings of the optimizer, {known}; got {name!r}")
             if len(values) not in (1, len(self.param_groups)):
                 raise ValueError(
                     f"override[{name!r}]: expected 1 value or {len(self.param_groups)}, one a group, got {len(values)}"

@@ -4,7 +4,13 @@ Attention inside a wrapped model is this library's, which can be differentiated 
 one call. Arguments, defaults and behaviour are learn2learn's.
 """
 
+from typing import Any
+
 from metafast.compat.learn2learn import algorithms, utils
 from metafast.compat.learn2learn.utils import clone_module, detach_module, update_module
 
 __all__ = ["algorithms", "clone_module", "detach_module", "update_module", "utils"]
+
+
+def __getattr__(name: str) -> Any:
+    raise AttributeError(f"{__name__} has {', '.join(__all__)}, and no {name!r}: take that from learn2learn itself")
