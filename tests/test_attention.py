@@ -139,7 +139,8 @@ def test_bfloat16_passes_on_what_is_not_finite(generator: torch.Generator) -> No
     query[0, 0, 3, 5] = math.nan
     value[0, 0, 7, 2] = math.inf
     found = attention("fused")(query, key, value)
-    expected = attention("reference")(query, key, value)
+    # In float64: in bfloat16 torch 2.11's products carry a NaN to the row before.
+    expected = attention("reference")(*(x.double() for x in (query, key, value)))
     assert torch.equal(found.isnan(), expected.isnan())
     assert torch.equal(found.isposinf(), expected.isposinf())
 
