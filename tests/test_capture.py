@@ -360,6 +360,23 @@ def test_running_statistics(draw, checkpoint):
     same(dict(meta.named_buffers()), before)
 
 
+def test_buffers_that_stay_are_left_alone(draw):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 2).double()
+            # Cannot be written to.
+            self.register_buffer("scale", torch.full((1,), 2.0, dtype=torch.float64).expand(2))
+
+        def forward(self, x):
+            return self.layer(x) * self.scale
+
+    meta, plain = twins(learner(Scaled()))
+    version = meta.model.scale._version
+    agree(meta, plain, [(draw(), draw()) for _ in range(2)])
+    assert meta.model.scale._version == version
+
+
 @pytest.mark.parametrize("task_batching", ["vmap", "loop"])
 def test_dropout_draws_anew(draw, task_batching):
     meta, plain = twins(learner(dropping(), task_batching=task_batching))

@@ -34,7 +34,8 @@ class Captured:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self._programs: OrderedDict[Any, tuple[Program, list[str]]] = OrderedDict()
+        # With the buffers that each leaves changed, None for those whose values it gives as they were.
+        self._programs: OrderedDict[Any, tuple[Program, list[str | None]]] = OrderedDict()
 
     def __call__(self, name: str, function: Callable[..., Any], *arguments: Any, update_buffers: bool = True) -> Any:
         """``function(*arguments)`` without a graph; recorded when the name, the arguments' structure and shapes, or
@@ -59,6 +60,7 @@ class Captured:
         )
         if key not in self._programs:
             changed: list[str] = []
+            rebound: set[str] = set()
 
             def run(*tensors: Tensor) -> Any:
                 given = iter(tensors)
@@ -68,17 +70,22 @@ class Captured:
                 with _reparametrize_module(self._module, own, tie_weights=True):
                     result = function(*pytree.tree_unflatten(now, structure))
                 changed.extend(key for key, then in before.items() if may_have_changed(own[key], *then))
+                rebound.update(key for key in changed if own[key] is not before[key][0])
                 return result, [own[key] for key in changed]
 
-            self._programs[key] = self._recorded(name, run, inputs), changed
+            program = self._recorded(name, run, inputs)
+            # What was recorded knows which of them did change.
+            written = dict(zip(state, program.writes, strict=False))
+            self._programs[key] = program, [key if key in rebound or written[key] else None for key in changed]
             if len(self._programs) > KEPT:
                 self._programs.popitem(last=False)
         self._programs.move_to_end(key)
-        program, changed = self._programs[key]
+        program, updated = self._programs[key]
         result, values = program(inputs)
         if update_buffers:
-            for buffer, value in zip(changed, values, strict=True):
-                state[buffer].copy_(value)
+            for buffer, value in zip(updated, values, strict=True):
+                if buffer is not None:
+                    state[buffer].copy_(value)
         return result
 
     @staticmethod

@@ -34,6 +34,7 @@ class Program:
     Attributes:
         bytes: of the intermediate values.
         reached: tensors that the function reads, or writes, besides its inputs.
+        writes: of each input, whether the function changes it in place. Inputs themselves stay as they are.
 
     Raises:
         NotRecordableError: see :func:`metafast.program.record`.
@@ -45,6 +46,8 @@ class Program:
         simplify(graph)
         self._structure = recorded.outputs
         self.reached = recorded.reached
+        written = Aliases(graph).written
+        self.writes = [Root(node, 0) in written for node in graph.nodes if node.op == "placeholder"]
         self._lock = threading.Lock()
         # Inference tensors: operations on them pass autograd by.
         with torch.inference_mode():
