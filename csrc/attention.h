@@ -23,7 +23,7 @@ struct Options {
   const std::optional<Tensor>& seeds;
   int64_t left, right;
   double dropout_p, scale;
-  // Whether products may round what they multiply to bfloat16.
+  // Whether inputs are, so that products may round what they multiply to it.
   bool bfloat16;
 };
 

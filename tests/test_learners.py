@@ -58,7 +58,7 @@ def test_keyword_arguments(net, draw, generator, task_batching):
     found = learners(x, shift=shift, power=2)
     for task in range(TASKS):
         torch.testing.assert_close(found[task], learners.model(task)(x[task], shift=shift[task], power=2))
-    with pytest.raises(ValueError, match="inputs: expected the same number of tasks in every tensor"):
+    with pytest.raises(ValueError, match="shift: expected 3 tasks, as many as were adapted to, got 2"):
         learners(x, shift=shift[:2])
 
 
@@ -79,6 +79,7 @@ def test_one_task_as_a_module(net, draw):
 def test_learners_that_are_more_than_a_model(draw):
     support = draw()[0], torch.tensor([[0, 0, 1, 1]]).expand(TASKS, -1)
     learners = metafast.ProtoNet(nn.Linear(3, 2).double(), loss_fn, ways=2).adapt(support)
+    assert torch.equal(learners(input=support[0]), learners(support[0]))
     with pytest.raises(ValueError, match="model: the learners have present, prototypes beside the model's parameters"):
         learners.model(0)
 
@@ -97,12 +98,37 @@ def test_a_parameter_frozen_after_construction(net, draw, options):
 
 def test_a_head_replaced_after_construction(net, draw):
     meta, (support, query) = maml(net, adapt_parameters=["head.*"]), (draw(), draw())
-    net.head = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).double()
-    names = [name for name, _ in net.named_parameters() if name.startswith("head")]
-    loss = query_losses(net, loss_fn, support, query, STEPS, LR, names=names).mean()
+    net.head = nn.Linear(4, 2).double()
+    loss = query_losses(net, loss_fn, support, query, STEPS, LR, names=["head.weight", "head.bias"]).mean()
     found_loss, found = meta_gradients(meta, support, query, params=list(net.parameters()))
     assert abs(found_loss - loss) < 1e-12
     assert distance(found, gradients(loss, net.parameters())) < 1e-9
+    net.head = nn.Sequential(nn.Linear(4, 2)).double()
+    with pytest.raises(
+        ValueError, match=r"model: .* head.0.bias, head.0.weight, head.bias, head.weight came or went since"
+    ):
+        meta(support, query)
+
+
+@pytest.mark.parametrize("options", [{}, {"capture": True}, {"adapt_parameters": "head.*"}])
+def test_frozen_learners_adapt(net, draw, options):
+    meta, support, (x, _) = maml(net, **options), draw(), draw()
+    before = meta.adapt(support)(x)
+    meta.requires_grad_(False)
+    torch.testing.assert_close(meta.adapt(support)(x), before)
+    with torch.no_grad():
+        assert meta(support, support).isfinite()
+
+
+@pytest.mark.parametrize("options", [{}, {"capture": True}])
+def test_predicates_see_the_parameters_themselves(net, draw, options):
+    head = {id(p) for p in net.head.parameters()}
+    meta = maml(net, adapt_parameters=lambda _, p: id(p) in head, **options)
+    support = draw()
+    expected = meta.adapt(support).params
+    assert list(expected) == ["head.weight", "head.bias"]
+    found = copy.deepcopy(meta).adapt(support).params
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_learned_rates_are_for_the_parameters_that_were_there(net, draw):

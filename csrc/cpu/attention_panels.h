@@ -15,6 +15,7 @@
 namespace metafast {
 
 constexpr int64_t most_rows = 132;
+static_assert(most_rows <= tile_products_most_depth);
 
 // A number of columns, or of rows, in whole blocks of the products.
 template <typename T>

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <limits>
 #include <optional>
+#include <type_traits>
 #include <vector>
 
 #include "attention.h"
@@ -58,16 +59,13 @@ struct Dropout {
 
 // What multiplies: for bfloat16, tiles where the machine has them and heads are wide enough.
 template <typename T>
-const Products<T>& products_for(bool, int64_t, int64_t) {
+const Products<T>& products_for(bool bfloat16, int64_t depth, int64_t value_depth) {
+  if constexpr (std::is_same_v<T, float>) {
+    const bool fits = std::min(depth, value_depth) >= tile_products_least_depth && std::max(depth, value_depth) <= tile_products_most_depth;
+    const Products<float>* tiles = bfloat16 && fits ? tile_products() : nullptr;
+    if (tiles) return *tiles;
+  }
   return products<T>();
-}
-
-template <>
-inline const Products<float>& products_for<float>(bool bfloat16, int64_t depth, int64_t value_depth) {
-  const auto [narrow, wide] = std::minmax(depth, value_depth);
-  const bool fits = bfloat16 && narrow >= tile_products_least_depth && wide <= tile_products_most_depth;
-  const Products<float>* tiles = fits ? tile_products() : nullptr;
-  return tiles ? *tiles : products<float>();
 }
 
 // What the passes have in common: sizes, what may be attended to, and the scale.

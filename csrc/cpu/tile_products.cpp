@@ -30,7 +30,7 @@ namespace {
 constexpr int64_t block = 32, half = 16;
 constexpr int64_t tile_bytes = 1024, row_bytes = 64;
 constexpr int64_t most_terms = 2;
-// Keys of a panel that are rounded at a time.
+// The most that a left factor has to be multiplied with at a time: the depth of a head, a panel's rows, or some of its keys.
 constexpr int64_t most_depth = tile_products_most_depth;
 
 using Bfloat16 = uint16_t;

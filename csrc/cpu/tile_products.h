@@ -7,7 +7,8 @@
 
 namespace metafast {
 
-// The widest heads that they are for, and the most rows of a panel. Below half a block, packed factors would not fit where floats do.
+// The widest and the narrowest heads that they are for, and the most rows of a panel. Below half a block, packed factors would not
+// fit where floats do.
 constexpr int64_t tile_products_most_depth = 512, tile_products_least_depth = 16;
 
 // None where the machine has no tile instructions, or was asked for less.

@@ -93,8 +93,9 @@ class MetaLearner(nn.Module):
         task_batching: ``"vmap"``, ``"loop"`` (one task after another) or ``"auto"`` (vmap unless the model does not run
             under it; the reason is logged).
         adapt_parameters: which parameters the inner loop adapts: name patterns such as ``"head.*"``, or
-            ``predicate(name, parameter)``; None: all. The others are neither copied for the tasks nor differentiated in
-            the inner loop, and still get their exact meta-gradient. A tied parameter matches by any of its names.
+            ``predicate(name, parameter)``; None: all. They are chosen now; what is frozen later is adapted no longer. The
+            others are neither copied for the tasks nor differentiated in the inner loop, and still get their exact
+            meta-gradient. A tied parameter matches by any of its names.
         micro_batches: into how many parts an inner step cuts its support sets (the second dimension of every tensor),
             whose gradients it accumulates. With ``checkpoint``, the memory of a step is that of one part. The same
             gradient for a ``loss_fn`` that is a mean over examples.
@@ -170,8 +171,8 @@ class MetaLearner(nn.Module):
         self.capture = capture or cuda_graph
         self.cuda_graph = cuda_graph
         self._captured = Captured(self)
-        self._selection = adapt_parameters
-        split_parameters(model, adapt_parameters)
+        self._chosen = split_parameters(model, adapt_parameters)
+        self._known = frozenset(name for name, _ in model.named_parameters())
         self.rates = LearnedRates(inner, self._rated_params(), steps)
         self._use_model(model, task_batching)
         self._fits: dict[Any, bool] = {}
@@ -246,8 +247,21 @@ class MetaLearner(nn.Module):
         return Learners(self._outputs, params, shared)
 
     def _split(self) -> Split:
-        """Which parameters are adapted and which shared, as they are now: some may have been frozen or replaced."""
-        return split_parameters(self.model, self._selection)
+        """What was chosen when the learner was made, without what was frozen since. Where all of it was, as in a copy for
+        evaluation, it is adapted all the same.
+
+        Raises:
+            ValueError: parameters came or went since.
+        """
+        params = dict(self.model.named_parameters())
+        if changed := sorted(self._known ^ params.keys()):
+            raise ValueError(
+                "model: expected the parameters that the learner was made with, of which it chose those to adapt; "
+                f"{', '.join(changed)} came or went since. Make a new learner"
+            )
+        trained = [name for name, p in params.items() if p.requires_grad]
+        adapted = [name for name in self._chosen.adapted if params[name].requires_grad] or self._chosen.adapted
+        return Split(adapted, [name for name in trained if name not in set(self._chosen.adapted)])
 
     def _start(self, support: Any) -> Start:
         if self.rates.by_name:

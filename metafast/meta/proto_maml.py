@@ -88,5 +88,5 @@ class _Headed(nn.Module):
         for name in HEAD:
             self.register_buffer(name, torch.empty(0), persistent=False)
 
-    def forward(self, *inputs: Any) -> Tensor:
-        return nn.functional.linear(self.body(*inputs), self.weight, self.bias)
+    def forward(self, *inputs: Any, **options: Any) -> Tensor:
+        return nn.functional.linear(self.body(*inputs, **options), self.weight, self.bias)

@@ -90,6 +90,6 @@ class _Nearest(nn.Module):
         self.register_buffer("prototypes", torch.empty(0), persistent=False)
         self.register_buffer("present", torch.empty(0), persistent=False)
 
-    def forward(self, *inputs: Any) -> Tensor:
-        difference = self.body(*inputs).unsqueeze(-2) - self.prototypes
+    def forward(self, *inputs: Any, **options: Any) -> Tensor:
+        difference = self.body(*inputs, **options).unsqueeze(-2) - self.prototypes
         return (-difference.square().sum(-1)).masked_fill(~self.present, -torch.inf)

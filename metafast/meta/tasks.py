@@ -259,18 +259,20 @@ class Learners:
         """Outputs of every task's model, task dimension first; so are the inputs.
 
         Args:
-            inputs, options: arguments of the model. Keyword arguments without a tensor, such as ``use_cache=False``, are the
-                same for all tasks.
+            inputs, options: arguments of the model. Keyword arguments are the tasks' own if they are tensors, or hold
+                tensors alone; without one, such as ``use_cache=False``, they are the same for all tasks.
         """
         named = {
             name: value
             for name, value in options.items()
             if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
         }
-        tasks = count_tasks((inputs, named), "inputs")
-        expected = next(iter(self.params.values())).shape[0] if self.params else tasks
-        if tasks != expected:
-            raise ValueError(f"inputs: expected {expected} tasks, as many as were adapted to, got {tasks}")
+        given = {**({"inputs": inputs} if inputs or not named else {}), **named}
+        counts = {name: count_tasks(value, name) for name, value in given.items()}
+        expected = next(iter(self.params.values())).shape[0] if self.params else next(iter(counts.values()))
+        for name, tasks in counts.items():
+            if tasks != expected:
+                raise ValueError(f"{name}: expected {expected} tasks, as many as were adapted to, got {tasks}")
         same = {name: value for name, value in options.items() if name not in named}
         return self._function(self.params, self._shared, inputs, named, same)
 

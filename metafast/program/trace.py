@@ -104,7 +104,7 @@ class _RefusingLooks(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and not isinstance(args[0], FakeTensor):
-            raise NotRecordableError(f"{_LOOKS} {func}")
+            raise NotRecordableError(f"{_LOOKS} {func}; so does a tensor without dimensions as an index")
         return func(*args, **(kwargs or {}))
 
 
