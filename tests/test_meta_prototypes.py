@@ -201,3 +201,17 @@ def test_check_copies_the_model_into_the_classifier(net, batches, meta):
     assert max(error for name, error in report.errors.items() if name != "model.second.bias") < 1e-12
     assert meta_gradient_error(learner, *batches) < 1e-12
     assert all(p.grad is None for p in net.parameters())
+
+
+@pytest.mark.parametrize("kind", ["ProtoNet", "ProtoMAML"])
+def test_the_first_call_of_a_model_that_runs_as_a_loop(batches, kind):
+    """Both functions of the model find that it does not run under vmap, the second when the first has a graph."""
+    options = {} if kind == "ProtoNet" else {"inner": SGD(lr=LR)}
+    found = []
+    for batching in ("auto", "loop"):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 5)).double()
+        learner = getattr(metafast, kind)(net, loss_fn, ways=WAYS, task_batching=batching, **options)
+        found.append((*meta_gradients(learner, *batches)[1], *net.buffers()))
+    for auto, loop in zip(*found, strict=True):
+        torch.testing.assert_close(auto, loop)

@@ -71,8 +71,10 @@ class Buffers:
         """Writes the earlier values back."""
         self.keep_changed()
         for module, name, buffer, _, value in self._kept:
-            with torch.no_grad():
-                buffer.copy_(value)
+            # Not without need: a graph may hold it, and would take it for changed.
+            if not torch.equal(buffer, value):
+                with torch.no_grad():
+                    buffer.copy_(value)
             module._buffers[name] = buffer
 
     @contextlib.contextmanager
