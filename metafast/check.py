@@ -90,9 +90,9 @@ def check(meta: MetaLearner, support: Any, query: Any = None, *, backend: str = 
     paths = {name: lambda name=name: _gradient(mine, batches, name) for name in (backend, "reference")}
     seconds = interleaved_medians(paths, rounds, device)
     peaks = {name: peak_memory(path, device) for name, path in paths.items()}
-    whole = torch.stack([gradient.double().norm() for gradient in expected.values()]).norm().item()
+    whole = _norm(list(expected.values()))
     return Report(
-        errors={name: _error(found[name], expected[name], whole) for name in expected},
+        errors={name: _distance([found[name]], [expected[name]], whole) for name in expected},
         error=_distance(list(found.values()), list(expected.values())),
         reference_error=_distance(list(reference.values()), list(expected.values())),
         loss=loss,
@@ -126,22 +126,19 @@ def _gradient(meta: MetaLearner, batches: tuple[Any, ...], backend: str) -> tupl
     return loss.item(), {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in named.items()}
 
 
-def _error(found: Tensor, expected: Tensor, whole: float) -> float:
-    """The error of a part of a gradient of norm ``whole``."""
+def _distance(found: list[Tensor], expected: list[Tensor], whole: float = 0.0) -> float:
+    """‖found − expected‖ / ‖expected‖, or / ``whole`` where expected is a part of that norm and 0 but for rounding; where
+    nothing is expected, the norm of what was found."""
+    difference = _norm([a.double() - b.double() for a, b in zip(found, expected, strict=True)])
+    size = _norm(expected)
     # Of float64, in which the exact gradient is computed, and of some thousands of sums.
-    rounding = 1e4 * torch.finfo(torch.float64).eps * whole
-    if expected.double().norm().item() < rounding:
-        return (found.double() - expected.double()).norm().item() / whole
-    return _distance([found], [expected])
-
-
-def _distance(found: list[Tensor], expected: list[Tensor]) -> float:
-    """‖found − expected‖ / ‖expected‖; where nothing is expected, the norm of what was found."""
-    difference = (
-        torch.stack([(a.double() - b.double()).norm() for a, b in zip(found, expected, strict=True)]).norm().item()
-    )
-    size = torch.stack([b.double().norm() for b in expected]).norm().item()
+    if size < 1e4 * torch.finfo(torch.float64).eps * whole:
+        size = whole
     return difference / size if size > 0.0 else difference
+
+
+def _norm(tensors: list[Tensor]) -> float:
+    return torch.stack([tensor.double().norm() for tensor in tensors]).norm().item()
 
 
 def _to_float64(leaf: Any) -> Any:

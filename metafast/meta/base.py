@@ -18,7 +18,7 @@ from metafast.meta.finite import check_finite, finite_tasks, not_finite
 from metafast.meta.inner_loop import Adapted, InnerLoop, Start
 from metafast.meta.leaves import refuse, strangers
 from metafast.meta.memory import graphs_fit
-from metafast.meta.parameters import Selection, Split, picked, split_parameters
+from metafast.meta.parameters import Chosen, Parts, Selection
 from metafast.meta.rates import LearnedRates
 from metafast.meta.reduction import Ranks, check_reduction, checked_weights
 from metafast.meta.surroundings import Buffers, Surroundings
@@ -110,8 +110,7 @@ class MetaLearner(nn.Module):
             between the kernels, which is much of the time where tensors are small. On CUDA a replay is one CUDA
             graph. ``model`` and ``loss_fn`` must do the same each time: what they compute in Python is computed once, and a
             look at the values of tensors is refused, and dropout with ``checkpoint``. A gradient of the gradient is not to
-            be had. Recording takes seconds; programs for the last few kinds of call are
-            kept, each with its memory.
+            be had. Recording takes seconds; programs for the last few kinds of call are kept, each with its memory.
         cuda_graph: ``capture``, and an error where the model is not on a CUDA device.
 
     Attributes:
@@ -171,9 +170,8 @@ class MetaLearner(nn.Module):
         self.capture = capture or cuda_graph
         self.cuda_graph = cuda_graph
         self._captured = Captured(self)
-        self._chosen = split_parameters(model, adapt_parameters)
-        self._known = frozenset(name for name, _ in model.named_parameters())
-        self.rates = LearnedRates(inner, self._rated_params(), steps)
+        self._chosen = Chosen(model, adapt_parameters)
+        self.rates = LearnedRates(inner, self._rated(self._chosen.of(model).adapted), steps)
         self._use_model(model, task_batching)
         self._fits: dict[Any, bool] = {}
         self.outcome: Outcome | None = None
@@ -225,7 +223,9 @@ class MetaLearner(nn.Module):
         with torch.no_grad(), Buffers(self.model).scratch():
             params, losses = self._computed(f"adapt {steps}", adapted, support, update_buffers=False)
         check_finite(losses, None)
-        params, shared = ({name: p.detach() for name, p in own.items()} for own in (params, self._shared()))
+        # The parameters themselves, of which a replay would give copies.
+        shared = self._task_names(self._parts().shared)
+        params, shared = ({name: p.detach() for name, p in own.items()} for own in (params, shared))
         return self._learners(params, shared)
 
     @property
@@ -246,35 +246,21 @@ class MetaLearner(nn.Module):
     def _learners(self, params: Params, shared: Params) -> Learners:
         return Learners(self._outputs, params, shared)
 
-    def _split(self) -> Split:
-        """What was chosen when the learner was made, without what was frozen since. Where all of it was, as in a copy for
-        evaluation, it is adapted all the same.
-
-        Raises:
-            ValueError: parameters came or went since.
-        """
-        params = dict(self.model.named_parameters())
-        if changed := sorted(self._known ^ params.keys()):
-            raise ValueError(
-                "model: expected the parameters that the learner was made with, of which it chose those to adapt; "
-                f"{', '.join(changed)} came or went since. Make a new learner"
-            )
-        trained = [name for name, p in params.items() if p.requires_grad]
-        adapted = [name for name in self._chosen.adapted if params[name].requires_grad] or self._chosen.adapted
-        return Split(adapted, [name for name in trained if name not in set(self._chosen.adapted)])
+    def _parts(self) -> Parts:
+        return self._chosen.of(self.model)
 
     def _start(self, support: Any) -> Start:
-        if self.rates.by_name:
-            self.rates.check_names(self._rated_params())
-        return Start(params=picked(self.model, self._split().adapted), shared=self._shared(), rates=self.rates)
+        adapted, shared = self._parts()
+        self.rates.check_names(self._rated(adapted))
+        return Start(params=adapted, shared=shared, rates=self.rates)
 
-    def _shared(self) -> Params:
-        """The parameters themselves that all tasks share, by the names that tasks compute with."""
-        return picked(self.model, self._split().shared)
+    def _rated(self, adapted: Params) -> Params:
+        """What learned rates are for, where these parameters are adapted."""
+        return adapted
 
-    def _rated_params(self) -> Params:
-        """What learned rates are for."""
-        return picked(self.model, self._split().adapted)
+    def _task_names(self, params: Params) -> Params:
+        """Parameters of the model by the names that tasks compute with."""
+        return params
 
     def _loop(self, order: int, checkpoint: bool = False) -> InnerLoop:
         return InnerLoop(self._losses, self.inner, order, checkpoint, self.micro_batches)

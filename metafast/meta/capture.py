@@ -59,8 +59,8 @@ class Captured:
             self._settings(inputs[0].device.type),
         )
         if key not in self._programs:
-            changed: list[str] = []
-            rebound: set[str] = set()
+            # Buffers that may have changed, and whether others stand in their places.
+            changed: dict[str, bool] = {}
 
             def run(*tensors: Tensor) -> Any:
                 given = iter(tensors)
@@ -69,14 +69,15 @@ class Captured:
                 before = {key: (own[key], own[key]._version) for key, _ in self._module.named_buffers()}
                 with _reparametrize_module(self._module, own, tie_weights=True):
                     result = function(*pytree.tree_unflatten(now, structure))
-                changed.extend(key for key, then in before.items() if may_have_changed(own[key], *then))
-                rebound.update(key for key in changed if own[key] is not before[key][0])
+                for key, (tensor, version) in before.items():
+                    if may_have_changed(own[key], tensor, version):
+                        changed[key] = own[key] is not tensor
                 return result, [own[key] for key in changed]
 
             program = self._recorded(name, run, inputs)
             # What was recorded knows which of them did change.
             written = dict(zip(state, program.writes, strict=False))
-            self._programs[key] = program, [key if key in rebound or written[key] else None for key in changed]
+            self._programs[key] = program, [name if new or written[name] else None for name, new in changed.items()]
             if len(self._programs) > KEPT:
                 self._programs.popitem(last=False)
         self._programs.move_to_end(key)

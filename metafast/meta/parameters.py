@@ -15,41 +15,61 @@ from metafast.meta.tasks import Params
 Selection: TypeAlias = str | Sequence[str] | Callable[[str, nn.Parameter], bool]
 
 
-class Split(NamedTuple):
-    """Names of the parameters that require a gradient: what the inner loop adapts, and what it shares."""
+class Parts(NamedTuple):
+    """Parameters by name: what the inner loop adapts, and what tasks share and learn all the same."""
 
-    adapted: list[str]
-    shared: list[str]
+    adapted: Params
+    shared: Params
 
 
-def split_parameters(model: nn.Module, selection: Selection | None) -> Split:
-    """Splits by ``selection``; None adapts all that require a gradient. A tied parameter counts once, by any of its names.
+class Chosen:
+    """Which parameters of a model are adapted: chosen once, by ``selection``, and followed by name from then on.
+
+    Args:
+        model: the module.
+        selection: None adapts all that require a gradient. A tied parameter counts once, by any of its names.
 
     Raises:
         TypeError: ``selection`` is neither patterns nor a callable.
         ValueError: nothing is left to adapt, or a pattern matches no parameter at all.
     """
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if selection is None:
-        chosen = {id(p) for p in trained.values()}
-    else:
-        named = list(model.named_parameters(remove_duplicate=False))
-        matches = _predicate(selection, [name for name, _ in named])
-        chosen = {id(p) for name, p in named if matches(name, p)}
-    adapted = [name for name, p in trained.items() if id(p) in chosen]
-    if not trained:
-        raise ValueError("model: expected parameters that require a gradient, got none to adapt")
-    if not adapted:
-        raise ValueError(
-            f"adapt_parameters: expected to match a parameter that requires a gradient of {_some(trained)}; got none"
-        )
-    return Split(adapted, [name for name in trained if name not in set(adapted)])
+
+    def __init__(self, model: nn.Module, selection: Selection | None) -> None:
+        trained = _trained(dict(model.named_parameters()))
+        if not trained:
+            raise ValueError("model: expected parameters that require a gradient, got none to adapt")
+        if selection is None:
+            chosen = {id(p) for p in trained.values()}
+        else:
+            named = list(model.named_parameters(remove_duplicate=False))
+            matches = _predicate(selection, [name for name, _ in named])
+            chosen = {id(p) for name, p in named if matches(name, p)}
+        self._adapted = [name for name, p in trained.items() if id(p) in chosen]
+        if not self._adapted:
+            raise ValueError(
+                f"adapt_parameters: expected to match a parameter that requires a gradient of {_some(trained)}; got none"
+            )
+        self._known = frozenset(name for name, _ in model.named_parameters())
+
+    def of(self, model: nn.Module) -> Parts:
+        """The parameters as they are now, without what was frozen since. Where all was that is adapted, as in a copy for
+        evaluation, it is adapted all the same.
+
+        Raises:
+            ValueError: parameters came or went since.
+        """
+        params: Params = dict(model.named_parameters())
+        if changed := sorted(self._known ^ params.keys()):
+            raise ValueError(
+                "model: expected the parameters that the learner was made with, of which it chose those to adapt; "
+                f"{', '.join(changed)} came or went since. Make a new learner"
+            )
+        chosen = {name: params.pop(name) for name in self._adapted}
+        return Parts(_trained(chosen) or chosen, _trained(params))
 
 
-def picked(model: nn.Module, names: Sequence[str]) -> Params:
-    """The parameters of these names."""
-    params = dict(model.named_parameters())
-    return {name: params[name] for name in names}
+def _trained(params: Params) -> Params:
+    return {name: p for name, p in params.items() if p.requires_grad}
 
 
 def _predicate(selection: Selection, names: Sequence[str]) -> Callable[[str, nn.Parameter], bool]:

@@ -12,7 +12,7 @@ from metafast.inner import Rule
 from metafast.meta.base import Options
 from metafast.meta.inner_loop import Start
 from metafast.meta.maml import MAML
-from metafast.meta.prototypes import Part, Prototypes, check_ways, inputs_of, labels_of
+from metafast.meta.prototypes import Part, Prototypes, check_ways, inputs_of, labels_of, of_body
 from metafast.meta.tasks import LossFn, Params, TaskFunction, support_at
 
 HEAD = ("weight", "bias")
@@ -59,21 +59,20 @@ class ProtoMAML(MAML):
 
     def _start(self, support: Any) -> Start:
         start = super()._start(support)
-        prototypes, _ = self._prototypes({}, {**start.params, **super()._shared()}, (support_at(support, 0),))
+        prototypes, _ = self._prototypes({}, {**start.params, **start.shared}, (support_at(support, 0),))
         return Start(
-            params={f"body.{name}": p for name, p in start.params.items()},
-            shared=start.shared,
+            params=self._task_names(start.params),
+            shared=self._task_names(start.shared),
             own={"weight": 2 * prototypes, "bias": -prototypes.square().sum(-1)},
             rates=start.rates,
         )
 
-    def _shared(self) -> Params:
-        return {f"body.{name}": p for name, p in super()._shared().items()}
+    def _task_names(self, params: Params) -> Params:
+        return of_body(params)
 
-    def _rated_params(self) -> Params:
-        body = {f"body.{name}": p for name, p in super()._rated_params().items()}
-        example = next(iter(body.values()))
-        return {**body, **{name: example.new_empty(0) for name in HEAD}}
+    def _rated(self, adapted: Params) -> Params:
+        example = next(iter(adapted.values()))
+        return {**of_body(adapted), **{name: example.new_empty(0) for name in HEAD}}
 
 
 class _Headed(nn.Module):

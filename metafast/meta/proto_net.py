@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from metafast.inner import SGD
 from metafast.meta.base import MetaLearner, Options, Run
 from metafast.meta.inner_loop import Start
-from metafast.meta.parameters import Split
-from metafast.meta.prototypes import Part, Prototypes, check_ways, inputs_of, labels_of
+from metafast.meta.parameters import Parts
+from metafast.meta.prototypes import Part, Prototypes, check_ways, inputs_of, labels_of, of_body
 from metafast.meta.tasks import Learners, LossFn, Params, PerStep, TaskFunction
 
 
@@ -62,15 +62,17 @@ class ProtoNet(MetaLearner):
     def _start(self, support: Any) -> Start:
         if isinstance(support, PerStep):
             raise TypeError("support: ProtoNet takes no steps, expected one support set, got PerStep")
-        prototypes, present = self._prototypes({}, super()._shared(), (support,))
-        return Start(params={}, shared=self._shared(), own={"prototypes": prototypes, "present": present})
+        shared = self._parts().shared
+        prototypes, present = self._prototypes({}, shared, (support,))
+        own = {"prototypes": prototypes, "present": present}
+        return Start(params={}, shared=self._task_names(shared), own=own)
 
-    def _split(self) -> Split:
-        adapted, shared = super()._split()
-        return Split([], adapted + shared)
+    def _parts(self) -> Parts:
+        adapted, shared = super()._parts()
+        return Parts({}, {**adapted, **shared})
 
-    def _shared(self) -> Params:
-        return {f"body.{name}": p for name, p in super()._shared().items()}
+    def _task_names(self, params: Params) -> Params:
+        return of_body(params)
 
     def _run(self, support: Any, query: Any, tasks: int) -> Run:
         start = self._start(support)

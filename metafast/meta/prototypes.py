@@ -8,6 +8,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from metafast.meta.tasks import Params
+
 Part: TypeAlias = Callable[[Any], Any]
 
 
@@ -77,3 +79,8 @@ class Prototypes(nn.Module):
         members = (labels == torch.arange(self._ways, device=labels.device).unsqueeze(1)).to(embedded.dtype)
         counts = members.sum(1)
         return members @ embedded / counts.clamp(min=1).unsqueeze(1), counts > 0
+
+
+def of_body(params: Params) -> Params:
+    """An embedding's parameters by their names in the classifier that has it as ``body``."""
+    return {f"body.{name}": p for name, p in params.items()}

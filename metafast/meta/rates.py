@@ -33,8 +33,6 @@ class LearnedRates(nn.Module):
         self._log = rule.learn_log
         self._names = list(params)
         self._steps = max(steps, 1)
-        if not self._granularity:
-            return
         example = next(iter(params.values()))
         # Single numbers are cheap to keep in float32 beside parameters of half precision.
         dtype = torch.float64 if example.dtype == torch.float64 else torch.float32
@@ -55,15 +53,10 @@ class LearnedRates(nn.Module):
                 rates = torch.full(sizes[granularity], value, dtype=dtype, device=example.device)
                 self.register_parameter(rate, nn.Parameter(rates))
 
-    @property
-    def by_name(self) -> bool:
-        """Whether there are rates that only some parameters have."""
-        return any(granularity.startswith(("tensor", "parameter")) for granularity in self._granularity.values())
-
     def check_names(self, params: Iterable[str]) -> None:
-        """Raises ValueError where the parameters that are adapted are no longer those that rates were made for."""
-        if (names := list(params)) != self._names:
-            changed = sorted(set(names) ^ set(self._names)) or names
+        """Raises ValueError where there are rates for each parameter, and it is no longer those that are adapted."""
+        by_name = any(granularity.startswith(("tensor", "parameter")) for granularity in self._granularity.values())
+        if by_name and (changed := sorted(set(params) ^ set(self._names))):
             raise ValueError(
                 "adapt_parameters: expected the parameters that the learner was made with, since it has learned rates for "
                 f"each; got others in {', '.join(changed)}. Make a new learner after freezing or replacing parameters"

@@ -267,7 +267,7 @@ class Learners:
             for name, value in options.items()
             if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
         }
-        given = {**({"inputs": inputs} if inputs or not named else {}), **named}
+        given = {"inputs": inputs, **named} if inputs or not named else named
         counts = {name: count_tasks(value, name) for name, value in given.items()}
         expected = next(iter(self.params.values())).shape[0] if self.params else next(iter(counts.values()))
         for name, tasks in counts.items():

@@ -46,13 +46,12 @@ class Program:
         simplify(graph)
         self._structure = recorded.outputs
         self.reached = recorded.reached
-        written = Aliases(graph).written
-        self.writes = [Root(node, 0) in written for node in graph.nodes if node.op == "placeholder"]
         self._lock = threading.Lock()
         # Inference tensors: operations on them pass autograd by.
         with torch.inference_mode():
             built = _Build(recorded.module, inputs)
             self._inputs, self._outputs, self._calls, self.bytes = built.inputs, built.outputs, built.calls, built.bytes
+            self.writes = built.writes
             if inputs[0].device.type == "cuda":
                 self._take(inputs)
                 self._calls = [_as_cuda_graph(self._calls, inputs[0].device)]
@@ -81,6 +80,7 @@ class _Build:
         inputs, outputs: tensors that calls read and write; an output may be something else than a tensor.
         calls: to be made in this order.
         bytes: of intermediate values.
+        writes: of each input, whether a call changes it.
     """
 
     def __init__(self, module: fx.GraphModule, inputs: list[Tensor]) -> None:
@@ -100,6 +100,7 @@ class _Build:
         device = inputs[0].device
         self._memory = block(self.bytes, device)
         self.inputs: list[Tensor] = []
+        self.writes: list[bool] = []
         self.calls: list[Call] = []
         self.outputs: list[Any] = []
         for node in self._nodes:
@@ -107,6 +108,7 @@ class _Build:
                 given = node.meta["val"]
                 self.inputs.append(torch.empty(given.shape, dtype=given.dtype, device=given.device))
                 self._values[node] = self.inputs[-1]
+                self.writes.append(Root(node, 0) in self._aliases.written)
             elif node.op == "get_attr":
                 self._values[node] = operator.attrgetter(node.target)(module)
             elif node.op == "call_function":
