@@ -23,7 +23,7 @@ struct Options {
   const std::optional<Tensor>& seeds;
   int64_t left, right;
   double dropout_p, scale;
-  // Whether inputs are, so that products may round what they multiply to it.
+  // Inputs are bfloat16, so products may round what they multiply to that type.
   bool bfloat16;
 };
 

@@ -123,6 +123,7 @@ def test_bfloat16_of_wide_heads(case: AttentionCase, generator: torch.Generator)
         (17, 600, 128, 96),
         (290, 33, 100, 16),
         (130, 1030, 65, 130),
+        (40, 50, 512, 400),
         (40, 50, 512, 513),
     ],
 )

@@ -43,7 +43,8 @@ int64_t panel_rows(const Problem<T>& problem, int64_t buffers) {
   const int64_t columns = std::max<int64_t>(problem.widest(most_rows), 1);
   const int64_t fitting = cache / (buffers * columns * int64_t(sizeof(T)));
   const int64_t together = problem.products.rows;
-  const int64_t most = std::clamp<int64_t>((fitting + together / 2) / together * together, std::max<int64_t>(18, together), most_rows / together * together);
+  const int64_t whole = (fitting + together / 2) / together * together;
+  const int64_t most = std::clamp(whole, std::max<int64_t>(18, together), most_rows / together * together);
   const int64_t rows = std::max<int64_t>(problem.rows, 1), panels = (rows + most - 1) / most;
   return (rows + panels - 1) / panels;
 }
@@ -71,7 +72,8 @@ template <typename T>
 class Scratch {
  public:
   Scratch(const Problem<T>& problem, int64_t buffers, int64_t panel, const std::vector<Packed<T>>& keys)
-      : stride(stride_of(problem, padded(problem, problem.widest(panel)))), problem_(problem), keys_(keys), size_(panel * stride), slice_of_rows_(padded(problem, panel) * problem.products.block),
+      : stride(stride_of(padded(problem, problem.widest(panel)), problem.products.block)), problem_(problem), keys_(keys),
+        size_(panel * stride), slice_of_rows_(padded(problem, panel) * problem.products.block),
         slice_of_keys_(padded(problem, problem.columns) * problem.products.block) {
     int64_t total = buffers * size_;
     const auto take = [&](int64_t size) { return std::exchange(total, total + size); };
@@ -123,7 +125,7 @@ class Scratch {
 
  private:
   // Rows a large power of two apart would compete for the same lines of the cache.
-  static int64_t stride_of(const Problem<T>& problem, int64_t columns) { return columns % 256 == 0 ? columns + problem.products.block : columns; }
+  static int64_t stride_of(int64_t columns, int64_t block) { return columns % 256 == 0 ? columns + block : columns; }
 
   const Problem<T>& problem_;
   const std::vector<Packed<T>>& keys_;

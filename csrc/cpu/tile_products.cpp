@@ -29,6 +29,8 @@ namespace {
 
 constexpr int64_t block = 32, half = 16;
 constexpr int64_t tile_bytes = 1024, row_bytes = 64;
+// Bytes from one block of k to the next.
+constexpr int64_t step_in_blocks = 2 * tile_bytes, step_in_slices = block * block * int64_t(sizeof(float));
 constexpr int64_t most_terms = 2;
 // The most that a left factor has to be multiplied with at a time: the depth of a head, a panel's rows, or some of its keys.
 constexpr int64_t most_depth = tile_products_most_depth;
@@ -70,10 +72,11 @@ void zero_sums() {
   METAFAST_TILE_ZERO(3);
 }
 
-// sums += left [32, 32 blocks] times right tiles, two of them a block of k.
-void add_products(bool two, const Bfloat16* left, int64_t blocks, const char* right, int64_t right_step) {
+// sums += left [32, 32 blocks] times right tiles, two of them a block of k; without `two`, of the first 16 rows alone.
+void add_products(bool two, const Bfloat16* left, int64_t blocks, const float* right_factor, int64_t right_step) {
   constexpr int64_t stride = most_depth * int64_t(sizeof(Bfloat16));
   const char *upper = reinterpret_cast<const char*>(left), *lower = upper + half * stride;
+  const char* right = reinterpret_cast<const char*>(right_factor);
   for (int64_t k = 0; k < blocks; ++k, upper += row_bytes, lower += row_bytes, right += right_step) {
     METAFAST_TILE_LOAD(6, right, row_bytes);
     METAFAST_TILE_LOAD(4, upper, stride);
@@ -218,7 +221,7 @@ void outer(int64_t count, int64_t columns, int64_t depth, float alpha, int64_t t
     for (int64_t j = 0; j < columns; j += block) {
       zero_sums();
       for (int64_t t = 0; t < terms; ++t) {
-        add_products(n > half, left.data[t][0], blocks_of(depth), reinterpret_cast<const char*>(factors[t].right + j * depth), 2 * tile_bytes);
+        add_products(n > half, left.data[t][0], blocks_of(depth), factors[t].right + j * depth, step_in_blocks);
       }
       give_sums(n, block, alpha, false, x + i * stride + j, stride);
     }
@@ -237,7 +240,7 @@ void to_rows(int64_t count, int64_t columns, int64_t depth, float alpha, int64_t
         zero_sums();
         for (int64_t t = 0; t < terms; ++t) {
           const float* right = factors[t].right + at / block * factors[t].right_stride + first * block;
-          add_products(n > half, left.data[t][0], blocks_of(keys), reinterpret_cast<const char*>(right), block * block * int64_t(sizeof(float)));
+          add_products(n > half, left.data[t][0], blocks_of(keys), right, step_in_slices);
         }
         give_sums(n, std::min(block, depth - at), alpha, first > 0, rows + i * row_stride + at, row_stride);
       }
@@ -256,7 +259,7 @@ void to_keys(int64_t count, int64_t columns, int64_t depth, float alpha, int64_t
       zero_sums();
       for (int64_t t = 0; t < terms; ++t) {
         const float* right = factors[t].right + at / block * factors[t].right_stride;
-        add_products(n > half, left.data[t][0], blocks_of(count), reinterpret_cast<const char*>(right), block * block * int64_t(sizeof(float)));
+        add_products(n > half, left.data[t][0], blocks_of(count), right, step_in_slices);
       }
       give_sums(n, std::min(block, depth - at), alpha, accumulate, keys + j * key_stride + at, key_stride);
     }
