@@ -201,3 +201,8 @@ def _enter(*_: Any) -> None:
 
 def _leave(*_: Any) -> None:
     _depth.value -= 1
+
+
+def is_own_hook(hook: Any) -> bool:
+    """Whether a forward hook of a module is one of :func:`accelerate`'s."""
+    return hook is _enter or hook is _leave

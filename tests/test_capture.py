@@ -73,11 +73,11 @@ def recordings(monkeypatch):
     names = []
     original = capture_module.Captured._recorded
 
-    def recorded(name, run, inputs):
+    def recorded(self, name, call, inputs):
         names.append(name)
-        return original(name, run, inputs)
+        return original(self, name, call, inputs)
 
-    monkeypatch.setattr(capture_module.Captured, "_recorded", staticmethod(recorded))
+    monkeypatch.setattr(capture_module.Captured, "_recorded", recorded)
     return names
 
 
@@ -170,7 +170,7 @@ def test_updates_write_into_the_memory_of_the_program(draw, option, name):
     """Bit by bit what they return without capture, as above: no copies of their results are made."""
     meta = learner(**OPTIONS[option])
     meta(draw(), draw()).backward()
-    ((program, _),) = meta._captured._programs.values()
+    (program,) = (kept.program for kept in meta._captured._programs.values())
     updates = {str(op) for call in program._calls for op in (call.func, *call.args[:1]) if "update" in str(op)}
     assert updates == {f"metafast.{name}_update.out", f"metafast.{name}_update_vjp.out"}
 

@@ -15,23 +15,18 @@ from metafast.backend import BackendUnavailableError
 from metafast.inner import Rule
 from metafast.meta.capture import Captured
 from metafast.meta.finite import check_finite, finite_tasks, not_finite
+from metafast.meta.inference import outside_inference_mode, usable
 from metafast.meta.inner_loop import Adapted, InnerLoop, Start
+from metafast.meta.learners import Learners
 from metafast.meta.leaves import refuse, strangers
 from metafast.meta.memory import graphs_fit
 from metafast.meta.parameters import Chosen, Parts, Selection
 from metafast.meta.rates import LearnedRates
 from metafast.meta.reduction import Ranks, check_reduction, checked_weights
+from metafast.meta.state_after_call import StateBefore
 from metafast.meta.surroundings import Buffers, Surroundings
-from metafast.meta.tasks import (
-    Learners,
-    LossFn,
-    Params,
-    TaskFunction,
-    TaskLosses,
-    check_support_steps,
-    count_tasks,
-    select_tasks,
-)
+from metafast.meta.task_function import OrderMattersError, TaskFunction, TaskLosses
+from metafast.meta.tasks import LossFn, Params, check_support_steps, count_tasks, select_tasks, support_at
 from metafast.meta.with_gradients import with_gradients
 
 logger = logging.getLogger("metafast")
@@ -48,6 +43,7 @@ class Options(TypedDict, total=False):
     reduction: str
     on_nonfinite: str
     capture: bool
+    capture_check: int
     cuda_graph: bool
 
 
@@ -111,6 +107,9 @@ class MetaLearner(nn.Module):
             graph. ``model`` and ``loss_fn`` must do the same each time: what they compute in Python is computed once, and a
             look at the values of tensors is refused, and dropout with ``checkpoint``. A gradient of the gradient is not to
             be had. Recording takes seconds; programs for the last few kinds of call are kept, each with its memory.
+        capture_check: how many replays of a program, the first with other numbers than were recorded, are compared with the
+            uncaptured call, which finds what a recording missed. The second and later ones are left out where comparing
+            would take more than a third of what recording took. 0: none.
         cuda_graph: ``capture``, and an error where the model is not on a CUDA device.
 
     Attributes:
@@ -121,6 +120,9 @@ class MetaLearner(nn.Module):
         TypeError, ValueError: an argument is not as described; the message names it.
         FloatingPointError: from a call, when a loss is not finite; the message names task and step.
     """
+
+    # A loss may hold its learner; what calls change in that is no state of the model.
+    is_meta_learner = True
 
     def __init__(
         self,
@@ -138,6 +140,7 @@ class MetaLearner(nn.Module):
         reduction: str = "mean",
         on_nonfinite: str = "raise",
         capture: bool = False,
+        capture_check: int = 2,
         cuda_graph: bool = False,
     ) -> None:
         super().__init__()
@@ -169,11 +172,13 @@ class MetaLearner(nn.Module):
         self.on_nonfinite = on_nonfinite
         self.capture = capture or cuda_graph
         self.cuda_graph = cuda_graph
-        self._captured = Captured(self)
+        self.capture_check = check_count("capture_check", capture_check)
+        self._captured = Captured(self, ("model", "loss_fn"))
         self._chosen = Chosen(model, adapt_parameters)
         self.rates = LearnedRates(inner, self._rated(self._chosen.of(model).adapted), steps)
         self._use_model(model, task_batching)
         self._fits: dict[Any, bool] = {}
+        self._probed = False
         self.outcome: Outcome | None = None
 
     @property
@@ -195,6 +200,10 @@ class MetaLearner(nn.Module):
                 ``support`` may be a :class:`metafast.PerStep` of as many batches as there are inner steps.
             task_weights: ``[T]``, of the tasks' losses in their mean or sum; at least 0, without a gradient.
         """
+        if torch.is_inference_mode_enabled():
+            with outside_inference_mode():
+                return self(support, query, task_weights)
+        support, query = usable(support), usable(query)
         device = self.device
         ranks = Ranks(self.reduction, device)
         with ranks.failing_together():
@@ -202,7 +211,8 @@ class MetaLearner(nn.Module):
             check_support_steps(support, self.steps)
             if query is not None:
                 count_query_tasks(query, tasks)
-            total, weights = self._finite_total(support, query, checked_weights(task_weights, tasks, device))
+            weights = checked_weights(task_weights, tasks, device)
+            total, weights = self._in_order(lambda: self._finite_total(support, query, weights))
             return total / ranks.divisor(weights)
 
     def adapt(self, support: Any, steps: int | None = None) -> Learners:
@@ -213,15 +223,31 @@ class MetaLearner(nn.Module):
         Args:
             support: as in a call.
         """
+        with outside_inference_mode():
+            return self._adapt(usable(support), steps)
+
+    def _adapt(self, support: Any, steps: int | None) -> Learners:
         tasks = count_tasks(support, "support")
         steps = self.steps if steps is None else check_count("steps", steps)
         check_support_steps(support, steps)
 
         def adapted(support: Any) -> Adapted:
-            return self._loop(order=1)(self._start(support), support, tasks, steps)
+            return self._loop(order=1)(self._start(support), support, count_tasks(support, "support"), steps)
+
+        def computed() -> tuple[Params, Tensor]:
+            size = self.tasks_per_chunk or tasks
+            chunks = [slice(first, first + size) for first in range(0, tasks, size)]
+            found = [
+                self._computed(f"adapt {steps}", adapted, select_tasks(support, chunk), update_buffers=False)
+                for chunk in chunks
+            ]
+            if len(found) == 1:
+                return found[0]
+            params = {name: torch.cat([part.params[name] for part in found]) for name in found[0].params}
+            return params, torch.cat([part.losses for part in found], dim=1)
 
         with torch.no_grad(), Buffers(self.model).scratch():
-            params, losses = self._computed(f"adapt {steps}", adapted, support, update_buffers=False)
+            params, losses = self._in_order(computed)
         check_finite(losses, None)
         # The parameters themselves, of which a replay would give copies.
         shared = self._task_names(self._parts().shared)
@@ -285,6 +311,17 @@ class MetaLearner(nn.Module):
                 )
         return self._fits[shapes]
 
+    def _in_order(self, call: Callable[[], Any]) -> Any:
+        """``call()``, and again with one task after another where the order of the model's calls matters."""
+        before = StateBefore(self.model, self.device)
+        try:
+            return call()
+        except OrderMattersError as error:
+            before.restore()
+            logger.warning("%s; it is set", error)
+            self.tasks_per_chunk = 1
+        return call()
+
     def _finite_total(self, support: Any, query: Any, weights: Tensor) -> tuple[Tensor, Tensor]:
         """The weighted sum of losses, and the weights that went into it."""
         buffers = Buffers(self.model) if self.on_nonfinite == "skip" else None
@@ -304,7 +341,7 @@ class MetaLearner(nn.Module):
             # Again without them: in the backward pass, 0 times what is not finite would reach the shared parameters.
             support, query = select_tasks(support, finite), None if query is None else select_tasks(query, finite)
             return self._total(support, query, weights[finite])[0], weights[finite]
-        params = self._trained()
+        params = list(self._trained().values())
         zero = torch.zeros((), dtype=total.dtype, device=total.device)
         return with_gradients(zero, [torch.zeros_like(p) for p in params], params), weights[finite]
 
@@ -320,7 +357,7 @@ class MetaLearner(nn.Module):
                 "support, query: with capture or tasks_per_chunk parameters alone get gradients; expected tensors that "
                 "require none"
             )
-        params = self._trained()
+        params = list(self._trained().values())
         gradients: list[Tensor | None] = [None] * len(params)
         totals, runs = [], []
         for first in range(0, tasks, size):
@@ -345,33 +382,51 @@ class MetaLearner(nn.Module):
     def _with_gradients(self, support: Any, query: Any, weights: Tensor) -> tuple[Tensor, list[Tensor | None], Run]:
         """The weighted sum of losses, without a graph, and its gradients by :meth:`_trained`."""
 
-        def step(support: Any, query: Any, weights: Tensor) -> tuple[Tensor, list[Tensor | None], Run]:
+        def step(support: Any, query: Any, weights: Tensor) -> tuple[Tensor, dict[str, dict[str, Tensor | None]], Run]:
             total, run = self._weighted(support, query, weights)
             params = self._trained()
             if not total.requires_grad:
-                return total, [None] * len(params), run
+                return total, {"gradient": dict.fromkeys(params)}, run
+            leaves = list(params.values())
             # What is recorded is refused there.
-            found = [] if self.capture else strangers([total], params)
-            grads: list[Tensor | None] = list(torch.autograd.grad(total, params, allow_unused=True))
+            found = [] if self.capture else strangers([total], leaves)
+            grads = torch.autograd.grad(total, leaves, allow_unused=True)
             total = total.detach()
             refuse(found, "tasks_per_chunk")
-            return total, grads, run
+            return total, {"gradient": dict(zip(params, grads, strict=True))}, run
 
         if self.capture and self.checkpoint == "auto":
             # Looks at the memory that is free, so not while recording. A start may run the model.
             with Surroundings(self.device, self.model).replayed():
                 self._rebuilds(self._start(support), support, len(weights))
-        return self._computed("step", step, support, query, weights)
+        total, gradients, run = self._computed("step", step, support, query, weights)
+        return total, list(gradients["gradient"].values()), run
 
     def _computed(self, name: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         """``function(*arguments)``, replayed where ``capture`` says so, with the options of :class:`Captured`."""
         if not self.capture:
             return function(*arguments)
+        if not self._probed:
+            self._probe(arguments[0])
         if self.cuda_graph and self.device.type != "cuda":
             raise BackendUnavailableError(
                 f"cuda_graph: expected the model on a CUDA device, got {self.device}; capture=True replays anywhere"
             )
         return self._captured(name, function, *arguments, **options)
+
+    def _probe(self, support: Any) -> None:
+        """An ordinary forward finds out how tasks can run, which a recording, without values, cannot."""
+        before = StateBefore(self.model, self.device)
+        with torch.no_grad():
+            start = self._start(support)
+            params = InnerLoop.unadapted(start, count_tasks(support, "support"))
+            self._losses(params, start.shared, support_at(support, 0))
+        # What is the same after each call, such as a mask, need not be made again while recording.
+        if {change.path for change in before.changes()} <= self._losses.settled:
+            before.restore_random()
+        else:
+            before.restore()
+        self._probed = True
 
     def _weighted(self, support: Any, query: Any, weights: Tensor) -> tuple[Tensor, Run]:
         run = self._run(support, query, len(weights))
@@ -383,8 +438,8 @@ class MetaLearner(nn.Module):
             {name: metric.detach() for name, metric in run.metrics.items()},
         )
 
-    def _trained(self) -> list[Tensor]:
-        return [p for p in self.parameters() if p.requires_grad]
+    def _trained(self) -> Params:
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
 
 def count_query_tasks(query: Any, tasks: int) -> None:

@@ -25,7 +25,7 @@ from metafast.ops.task_update import task_update
 
 
 class Losses(Protocol):
-    """The losses ``[T]`` and metrics of all tasks, as :class:`metafast.meta.tasks.TaskLosses` computes them."""
+    """The losses ``[T]`` and metrics of all tasks, as :class:`metafast.meta.task_function.TaskLosses` computes them."""
 
     model: nn.Module
 

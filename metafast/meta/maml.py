@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from metafast.inner import Rule
 from metafast.meta.base import MetaLearner, Options, Run
 from metafast.meta.inner_loop import InnerLoop, Start
-from metafast.meta.tasks import LossFn, Params, TaskLosses
+from metafast.meta.task_function import TaskLosses
+from metafast.meta.tasks import LossFn, Params
 
 
 class MAML(MetaLearner):

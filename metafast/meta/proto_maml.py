@@ -13,7 +13,8 @@ from metafast.meta.base import Options
 from metafast.meta.inner_loop import Start
 from metafast.meta.maml import MAML
 from metafast.meta.prototypes import Part, Prototypes, check_ways, inputs_of, labels_of, of_body
-from metafast.meta.tasks import LossFn, Params, TaskFunction, support_at
+from metafast.meta.task_function import TaskFunction
+from metafast.meta.tasks import LossFn, Params, support_at
 
 HEAD = ("weight", "bias")
 

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from metafast.inner import SGD
 from metafast.meta.base import MetaLearner, Options, Run
 from metafast.meta.inner_loop import Start
+from metafast.meta.learners import Learners
 from metafast.meta.parameters import Parts
 from metafast.meta.prototypes import Part, Prototypes, check_ways, inputs_of, labels_of, of_body
-from metafast.meta.tasks import Learners, LossFn, Params, PerStep, TaskFunction
+from metafast.meta.task_function import TaskFunction
+from metafast.meta.tasks import LossFn, Params, PerStep
 
 
 class ProtoNet(MetaLearner):

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from metafast.backend import requested_backend, use_backend
+from metafast.meta.attributes import Attributes, Change
+from metafast.program import is_recording
 
 
 class Surroundings:
-    """The random state, the backend, autocast and the model's buffers as they are now, before a computation.
+    """The random state, the backend, autocast and the model's buffers and attributes as they are now, before a computation.
 
     Args:
         device: where the computation runs.
@@ -22,57 +24,79 @@ class Surroundings:
     def __init__(self, device: torch.device, model: nn.Module) -> None:
         self._backend = requested_backend()
         self._devices = [device] if device.type == "cuda" else []
-        self._cpu = torch.get_rng_state()
-        self._cuda = [torch.cuda.get_rng_state(d) for d in self._devices]
+        self._random = RandomState(device)
         self._type = device.type
         self._autocast = torch.is_autocast_enabled(device.type)
         self._dtype = torch.get_autocast_dtype(device.type)
         self._buffers = Buffers(model)
+        self._attributes = Attributes(model)
 
     def computed(self) -> None:
-        """To be called after the computation: forgets the buffers that it left alone."""
+        """To be called after the computation: forgets what it left alone."""
         self._buffers.keep_changed()
+        self._attributes.keep_changed()
 
     @contextlib.contextmanager
     def replayed(self) -> Iterator[None]:
-        """Puts all of it back for a while. What happens to buffers inside is thrown away: they were updated before."""
+        """Puts all of it back for a while. What happens to buffers and attributes inside is thrown away: it happened
+        before."""
         with (
             torch.random.fork_rng(self._devices),
             use_backend(self._backend),
             torch.autocast(self._type, dtype=self._dtype, enabled=self._autocast),
             self._buffers.scratch(),
+            self._attributes.scratch(),
         ):
-            torch.set_rng_state(self._cpu)
-            for device, saved in zip(self._devices, self._cuda, strict=True):
-                torch.cuda.set_rng_state(saved, device)
+            self._random.restore()
             yield
+
+
+class RandomState:
+    """The random state of the CPU, and of the device if that is another one, as it is now."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cpu = torch.get_rng_state()
+        self._device = device if device.type == "cuda" else None
+        self._cuda = None if self._device is None else torch.cuda.get_rng_state(self._device)
+
+    def restore(self) -> None:
+        """Puts it back."""
+        torch.set_rng_state(self._cpu)
+        if self._device is not None and self._cuda is not None:
+            torch.cuda.set_rng_state(self._cuda, self._device)
 
 
 class Buffers:
     """The buffers of a model (running statistics of batch norm, say) as they are now."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._kept: list[tuple[nn.Module, str, Tensor, int, Tensor]] = [
-            (module, name, buffer, buffer._version, buffer.detach().clone())
-            for module in model.modules()
+        self._kept: list[tuple[str, nn.Module, str, Tensor, int, Tensor]] = [
+            (f"{path}.{name}" if path else name, module, name, buffer, buffer._version, buffer.detach().clone())
+            for path, module in model.named_modules()
             for name, buffer in module._buffers.items()
             if buffer is not None
         ]
 
     def keep_changed(self) -> None:
         """Forgets the buffers that are certainly still as they were: large ones are masks, as a rule."""
-        self._kept = [
-            (module, name, buffer, version, value)
-            for module, name, buffer, version, value in self._kept
-            if may_have_changed(module._buffers[name], buffer, version)
+        self._kept = [kept for kept in self._kept if may_have_changed(kept[1]._buffers[kept[2]], *kept[3:5])]
+
+    def changes(self) -> list[Change]:
+        """The buffers that other tensors stand in for, or that have other values."""
+        return [
+            Change(path, module._buffers, name, value, module._buffers[name])
+            for path, module, name, buffer, version, value in self._kept
+            if module._buffers[name] is not buffer
+            or (may_have_changed(buffer, buffer, version) and not torch.equal(buffer, value))
         ]
 
     def restore(self) -> None:
         """Writes the earlier values back."""
         self.keep_changed()
-        for module, name, buffer, _, value in self._kept:
-            # Not without need: a graph may hold it, and would take it for changed.
-            if not torch.equal(buffer, value):
+        for _, module, name, buffer, version, value in self._kept:
+            # Not without need: a graph may hold it, and would take it for changed. Tensors that are being recorded have no
+            # values to compare; no kernel of batch norm writes to them under vmap.
+            if buffer._version != version if is_recording() else not torch.equal(buffer, value):
                 with torch.no_grad():
                     buffer.copy_(value)
             module._buffers[name] = buffer
@@ -80,8 +104,8 @@ class Buffers:
     @contextlib.contextmanager
     def scratch(self) -> Iterator[None]:
         """The earlier values stand in for the buffers, which are not touched."""
-        now = [(module, name, module._buffers[name]) for module, name, *_ in self._kept]
-        for module, name, _, _, value in self._kept:
+        now = [(module, name, module._buffers[name]) for _, module, name, *_ in self._kept]
+        for _, module, name, _, _, value in self._kept:
             module._buffers[name] = value.clone()
         try:
             yield

@@ -35,6 +35,8 @@ class Program:
         bytes: of the intermediate values.
         reached: tensors that the function reads, or writes, besides its inputs.
         writes: of each input, whether the function changes it in place. Inputs themselves stay as they are.
+        constant: of each tensor in the result, whether it depends on nothing, and is the same at every call.
+        mode: of the tensors without data that were recorded.
 
     Raises:
         NotRecordableError: see :func:`metafast.program.record`.
@@ -43,18 +45,24 @@ class Program:
     def __init__(self, function: Callable[..., Any], inputs: list[Tensor]) -> None:
         recorded = record(function, [tensor.contiguous() for tensor in inputs])
         graph = recorded.module.graph
+        nodes = list(graph.nodes)
         simplify(graph)
+        nodes += graph.nodes
         self._structure = recorded.outputs
         self.reached = recorded.reached
+        self.mode = recorded.mode
         self._lock = threading.Lock()
         # Inference tensors: operations on them pass autograd by.
         with torch.inference_mode():
             built = _Build(recorded.module, inputs)
             self._inputs, self._outputs, self._calls, self.bytes = built.inputs, built.outputs, built.calls, built.bytes
-            self.writes = built.writes
+            self.writes, self.constant = built.writes, built.constant
             if inputs[0].device.type == "cuda":
                 self._take(inputs)
                 self._calls = [_as_cuda_graph(self._calls, inputs[0].device)]
+        # Nodes refer to each other: their tensors without data would be there until the garbage collector comes.
+        for node in nodes:
+            node.meta.clear()
 
     def __call__(self, inputs: list[Tensor]) -> Any:
         """The function's result, in memory of its own."""
@@ -81,6 +89,7 @@ class _Build:
         calls: to be made in this order.
         bytes: of intermediate values.
         writes: of each input, whether a call changes it.
+        constant: of each output, whether no call makes it.
     """
 
     def __init__(self, module: fx.GraphModule, inputs: list[Tensor]) -> None:
@@ -103,6 +112,7 @@ class _Build:
         self.writes: list[bool] = []
         self.calls: list[Call] = []
         self.outputs: list[Any] = []
+        self.constant: list[bool] = []
         for node in self._nodes:
             if node.op == "placeholder":
                 given = node.meta["val"]
@@ -115,6 +125,10 @@ class _Build:
                 self._values[node] = self._call(node)
             elif node.op == "output":
                 self.outputs = pytree.tree_leaves(self._now(node.args[0]))
+                self.constant = [
+                    isinstance(leaf, fx.Node) and all(root in self._constant for root in self._aliases.of(leaf))
+                    for leaf in pytree.tree_leaves(node.args[0])
+                ]
 
     def _runs(self, node: fx.Node) -> bool:
         """Asked in the order of the graph, since a constant is made of constants."""

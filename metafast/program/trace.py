@@ -27,6 +27,18 @@ from metafast.program.aliases import Aliases, reshapes_in_place
 _lock = threading.Lock()
 
 
+class _Recording(threading.local):
+    value = False
+
+
+_recording = _Recording()
+
+
+def is_recording() -> bool:
+    """Whether this thread runs a function to record it, on tensors without data."""
+    return _recording.value
+
+
 class NotRecordableError(RuntimeError):
     """The function does something that a replay would not repeat."""
 
@@ -39,11 +51,13 @@ class Recorded:
             say) are attributes of it, by reference.
         outputs: how the outputs make up the function's result.
         reached: those tensors.
+        mode: of the tensors without data.
     """
 
-    def __init__(self, module: fx.GraphModule, outputs: pytree.TreeSpec) -> None:
+    def __init__(self, module: fx.GraphModule, outputs: pytree.TreeSpec, mode: FakeTensorMode) -> None:
         self.module = module
         self.outputs = outputs
+        self.mode = mode
         attributes = [getattr(module, node.target) for node in module.graph.nodes if node.op == "get_attr"]
         self.reached = [value for value in attributes if isinstance(value, Tensor)]
 
@@ -68,10 +82,11 @@ def record(function: Callable[..., Any], inputs: list[Tensor]) -> Recorded:
         structure.append(spec)
         return leaves
 
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
     tracing = make_fx(flat, tracing_mode="real", _allow_non_fake_inputs=True, _error_on_data_dependent_ops=False)
     try:
         # In the mode, what the function makes is without data too, and what it changes by closure stays as it is.
-        with _lock, _watching_random_state() as put_back, FakeTensorMode(allow_non_fake_inputs=True):
+        with _lock, _watching_random_state() as put_back, mode, _recorded_thread():
             # Not views of anything, so that an offset in memory means the same in a replay.
             fakes = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in inputs]
             module = tracing(*fakes)
@@ -96,7 +111,16 @@ def record(function: Callable[..., Any], inputs: list[Tensor]) -> Recorded:
         raise NotRecordableError(
             "the computation changes a tensor in place that is neither an input nor made by it; register it as a buffer"
         )
-    return Recorded(module, structure[0])
+    return Recorded(module, structure[0], mode)
+
+
+@contextmanager
+def _recorded_thread() -> Iterator[None]:
+    _recording.value = True
+    try:
+        yield
+    finally:
+        _recording.value = False
 
 
 class _RefusingLooks(TorchDispatchMode):
