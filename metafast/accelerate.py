@@ -1,9 +1,13 @@
 """Swaps metafast's ops into models that call torch's.
 
-The names are replaced where models look them up: in ``torch.nn.functional`` (which also catches ``nn.Linear``,
+The names are replaced where models look them up: in ``torch.nn.functional`` and ``torch`` (which also catches ``nn.Linear``,
 ``nn.MultiheadAttention`` and Hugging Face's ``sdpa``), and in the modules that define the model's classes, which may have
 imported them earlier. A replacement is on only in threads and models that asked for it; elsewhere it calls torch's own
 function. Names are put back when the last user leaves.
+
+Two names are not an op's. Torch's Transformer modules ask for leave to take kernels without derivatives where they see nothing
+that requires one, as under ``vmap``: here they do not get it. And they look into a mask for whether it is causal, which a mask
+of each task's own, or one that is being recorded, does not allow: they are told what the caller said, and add the mask.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from metafast.ops.attention import scaled_dot_product_attention
+from metafast.ops.embedding import embedding
 from metafast.ops.gelu import gelu
 from metafast.ops.layer_norm import layer_norm
 from metafast.ops.linear import linear
@@ -29,9 +34,14 @@ _torch_attention = torch.nn.functional.scaled_dot_product_attention
 _torch_linear = torch.nn.functional.linear
 _torch_gelu = torch.nn.functional.gelu
 _torch_layer_norm = torch.nn.functional.layer_norm
+_torch_embedding = torch.embedding
+_torch_fastpath = torch.backends.mha.get_fastpath_enabled
+_torch_is_causal = torch.nn.modules.transformer._detect_is_causal_mask
+# Where torch's own modules look names up.
+_TORCHS_MODULES = {"torch", "torch.nn.functional", "torch._C._nn", "torch.backends.mha", "torch.nn.modules.transformer"}
 _lock = threading.Lock()
 # Where a name is replaced -> how many users want it so.
-_users: dict[tuple[str, str, Callable[..., Tensor]], int] = {}
+_users: dict[tuple[str, str, Callable[..., Any]], int] = {}
 
 
 class _Depth(threading.local):
@@ -67,30 +77,57 @@ def _layer_norm(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return layer_norm(input, *args, **kwargs)
 
 
+def _embedding(weight: Tensor, indices: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    if _is_torchs(weight, indices):
+        return _torch_embedding(weight, indices, *args, **kwargs)
+    return embedding(weight, indices, *args, **kwargs)
+
+
+def _fastpath_enabled() -> bool:
+    return _depth.value == 0 and _torch_fastpath()
+
+
+def _is_causal(mask: Tensor | None, is_causal: bool | None = None, size: int | None = None) -> bool:
+    if _depth.value == 0:
+        return _torch_is_causal(mask, is_causal, size)
+    return is_causal is True
+
+
 def _is_torchs(*tensors: Tensor) -> bool:
-    """Whether nobody asked for acceleration here, or the tensors are of a subclass (nested, distributed, user-defined),
-    which brings its own meaning of torch's functions."""
-    return _depth.value == 0 or tensors[0].is_nested or torch.overrides.has_torch_function(tensors)
+    """Whether nobody asked for acceleration here, or a tensor is of a subclass (nested, distributed, user-defined), which
+    brings its own meaning of torch's functions.
+
+    A mode that overrides functions (``with torch.device(...)``, a recording) brings none: it sees the operations of the ops.
+    """
+    return _depth.value == 0 or tensors[0].is_nested or any(map(_has_own_functions, tensors))
+
+
+def _has_own_functions(tensor: Tensor) -> bool:
+    kind = type(tensor)
+    return kind is not Tensor and kind.__torch_function__ is not torch._C._disabled_torch_function_impl
 
 
 # Torch's functions, and what stands in for them; by identity, since builtins of the same name are equal to nothing else.
-_REPLACEMENTS: dict[Callable[..., Tensor], Callable[..., Tensor]] = {
+_REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
     _torch_attention: _attention,
     _torch_linear: _linear,
     _torch_gelu: _gelu,
     _torch_layer_norm: _layer_norm,
+    _torch_embedding: _embedding,
+    _torch_fastpath: _fastpath_enabled,
+    _torch_is_causal: _is_causal,
 }
 _ORIGINALS = {replacement: original for original, replacement in _REPLACEMENTS.items()}
 
 # (module name, attribute, torch's function).
-Names = list[tuple[str, str, Callable[..., Tensor]]]
+Names = list[tuple[str, str, Callable[..., Any]]]
 
 
 def replaced_names(model: nn.Module) -> Names:
     """Where the model may look torch's functions up."""
     modules = {cls.__module__ for module in model.modules() for cls in type(module).__mro__}
     found: Names = []
-    for name in sorted(modules | {"torch.nn.functional", "torch._C._nn"}):
+    for name in sorted(modules | _TORCHS_MODULES):
         module = sys.modules.get(name)
         for key, value in vars(module).items() if isinstance(module, ModuleType) else ():
             if isinstance(value, (BuiltinFunctionType, FunctionType)):
@@ -166,6 +203,8 @@ def accelerate(model: nn.Module) -> Acceleration:
 
     As a handle, calls of the model and of its parts are, in every thread, until ``handle.remove()``. Both nest. Whether
     the fused or the reference path runs is decided as for any op (see :class:`metafast.use_backend`).
+
+    Torch's inference kernels for Transformers, which have no derivatives, stay off meanwhile, whatever the model's mode.
 
     Args:
         model: any module that calls ``scaled_dot_product_attention``: directly, through ``nn.MultiheadAttention`` and

@@ -1,0 +1,36 @@
+"""Looking rows up in a table where torch's batching rule gets the derivative wrong; formulas in README.md."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_torch_embedding = torch.embedding
+
+
+def embedding(
+    weight: Tensor, indices: Tensor, padding_idx: int = -1, scale_grad_by_freq: bool = False, sparse: bool = False
+) -> Tensor:
+    """``torch.embedding``, for tables of several tasks under ``torch.func.vmap``.
+
+    Args:
+        weight: ``[V, D]``, floating.
+        indices: ``[*]``, integers.
+        padding_idx: the row that is taken for a constant; -1: none.
+        scale_grad_by_freq: divide the gradient of a row by how often the row is read in this call.
+        sparse: give a sparse gradient. A table that is computed from others, or that a transform holds, gets a dense one:
+            what comes before it could not take a sparse one.
+
+    Returns:
+        ``[*, D]``.
+    """
+    if not torch._C._are_functorch_transforms_active():
+        return _torch_embedding(weight, indices, padding_idx, scale_grad_by_freq, sparse and weight.is_leaf)
+    if scale_grad_by_freq:
+        # A table that all tasks share is read by all of them in one call of torch's: as a table of each task's own, each
+        # task counts for itself.
+        weight = weight + (0 * indices.sum()).to(weight.dtype)
+    rows = _torch_embedding(weight, indices, -1, scale_grad_by_freq, False)
+    if padding_idx < 0:
+        return rows
+    return torch.where((indices == padding_idx).unsqueeze(-1), rows.detach(), rows)
