@@ -5,9 +5,10 @@ The names are replaced where models look them up: in ``torch.nn.functional`` and
 imported them earlier. A replacement is on only in threads and models that asked for it; elsewhere it calls torch's own
 function. Names are put back when the last user leaves.
 
-Two names are not an op's. Torch's Transformer modules ask for leave to take kernels without derivatives where they see nothing
-that requires one, as under ``vmap``: here they do not get it. And they look into a mask for whether it is causal, which a mask
-of each task's own, or one that is being recorded, does not allow: they are told what the caller said, and add the mask.
+Two names are not an op's. Torch's Transformer modules ask for leave to take kernels without derivatives where they see
+nothing that requires one, as under ``vmap``: here they do not get it. And they look into a mask for whether it is causal,
+which a mask of each task's own, or one that is being recorded, does not allow: they are told what the caller
+said, and add it.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ from metafast.ops.embedding import embedding
 from metafast.ops.gelu import gelu
 from metafast.ops.layer_norm import layer_norm
 from metafast.ops.linear import linear
+from metafast.ops.norms import batch_norm, group_norm, instance_norm
+from metafast.ops.rms_norm import rms_norm
 
 __all__ = ["Acceleration", "accelerate"]
 
 _torch_attention = torch.nn.functional.scaled_dot_product_attention
 _torch_linear = torch.nn.functional.linear
-_torch_gelu = torch.nn.functional.gelu
-_torch_layer_norm = torch.nn.functional.layer_norm
 _torch_embedding = torch.embedding
 _torch_fastpath = torch.backends.mha.get_fastpath_enabled
 _torch_is_causal = torch.nn.modules.transformer._detect_is_causal_mask
@@ -65,22 +66,19 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return linear(input, weight, bias)
 
 
-def _gelu(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    if _is_torchs(input):
-        return _torch_gelu(input, *args, **kwargs)
-    return gelu(input, *args, **kwargs)
-
-
-def _layer_norm(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    if _is_torchs(input):
-        return _torch_layer_norm(input, *args, **kwargs)
-    return layer_norm(input, *args, **kwargs)
-
-
 def _embedding(weight: Tensor, indices: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if _is_torchs(weight, indices):
         return _torch_embedding(weight, indices, *args, **kwargs)
     return embedding(weight, indices, *args, **kwargs)
+
+
+def _of_input(original: Callable[..., Tensor], ours: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """What stands in for a function whose first argument alone says whose it is."""
+
+    def function(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return (original if _is_torchs(input) else ours)(input, *args, **kwargs)
+
+    return function
 
 
 def _fastpath_enabled() -> bool:
@@ -111,8 +109,17 @@ def _has_own_functions(tensor: Tensor) -> bool:
 _REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
     _torch_attention: _attention,
     _torch_linear: _linear,
-    _torch_gelu: _gelu,
-    _torch_layer_norm: _layer_norm,
+    **{
+        original: _of_input(original, ours)
+        for original, ours in (
+            (torch.nn.functional.gelu, gelu),
+            (torch.layer_norm, layer_norm),
+            (torch.rms_norm, rms_norm),
+            (torch.group_norm, group_norm),
+            (torch.batch_norm, batch_norm),
+            (torch.instance_norm, instance_norm),
+        )
+    },
     _torch_embedding: _embedding,
     _torch_fastpath: _fastpath_enabled,
     _torch_is_causal: _is_causal,

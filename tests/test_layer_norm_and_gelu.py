@@ -1,16 +1,18 @@
-"""Layer normalisation and GELU as accelerate swaps them in, against torch's own in float64."""
+"""Layer normalisation, its relatives and GELU as accelerate swaps them in, against torch's own in float64."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jvp, vmap
 from torch.utils import _pytree as pytree
 
 import metafast
 from metafast.ops.gelu import gelu
 from metafast.ops.layer_norm import layer_norm
+from metafast.ops.rms_norm import rms_norm
 from metafast.testing import relative_error
 
 pytestmark = pytest.mark.usefixtures("fused_cpu")
@@ -24,10 +26,14 @@ def torchs_norm(x, weight, bias):
     return F.layer_norm(x, weight.shape, weight, bias, 1e-5)
 
 
-def composed_norm(x, weight, bias):
-    """Of elementary operations: torch's own layer norm has another, wrong, third derivative."""
-    centred = x - x.mean(-1, keepdim=True)
-    return centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight + bias
+def composed_norm(x, weight=None, bias=None, dims=-1, eps=1e-5):
+    """Of elementary operations: torch's own is wrong in forward mode and in the third derivative."""
+    centred = x - x.mean(dims, keepdim=True)
+    return composed_rms_norm(centred, weight, dims, eps) + (0 if bias is None else bias)
+
+
+def composed_rms_norm(x, weight=None, dims=-1, eps=2.0**-52):
+    return x / (x.pow(2).mean(dims, keepdim=True) + eps).sqrt() * (1 if weight is None else weight)
 
 
 # Ours, torch's, and the shapes of the arguments, without tasks.
@@ -37,6 +43,49 @@ OPS = {
     "layer norm of many rows": (norm, torchs_norm, ((300, 16), (16,), (16,))),
     "layer norm of a row": (norm, torchs_norm, ((9,), (9,), (9,))),
     "layer norm of nothing": (norm, torchs_norm, ((0, 5), (5,), (5,))),
+    "layer norm without bias": (
+        lambda x, weight: layer_norm(x, (7,), weight),
+        lambda x, weight: F.layer_norm(x, (7,), weight),
+        ((3, 5, 7), (7,)),
+    ),
+    "layer norm without weight": (
+        lambda x, bias: layer_norm(x, (7,), None, bias, 0.1),
+        # Torch does not differentiate this twice as one call.
+        lambda x, bias: F.layer_norm(x, (7,), eps=0.1) + bias,
+        ((3, 5, 7), (7,)),
+    ),
+    "layer norm alone": (lambda x: layer_norm(x, (7,)), lambda x: F.layer_norm(x, (7,)), ((3, 5, 7),)),
+    "layer norm of two dimensions": (norm, torchs_norm, ((3, 5, 7), (5, 7), (5, 7))),
+    "layer norm of two dimensions alone": (
+        lambda x: layer_norm(x, (5, 7)),
+        lambda x: F.layer_norm(x, (5, 7)),
+        ((3, 5, 7),),
+    ),
+    "layer norm of all dimensions": (norm, torchs_norm, ((5, 7), (5, 7), (5, 7))),
+    "rms norm": (
+        lambda x, weight: rms_norm(x, (7,), weight),
+        lambda x, weight: F.rms_norm(x, (7,), weight),
+        ((3, 5, 7), (7,)),
+    ),
+    "rms norm of two dimensions": (
+        lambda x, weight: rms_norm(x, (5, 7), weight, 0.1),
+        lambda x, weight: F.rms_norm(x, (5, 7), weight, 0.1),
+        ((3, 5, 7), (5, 7)),
+    ),
+    "rms norm alone": (lambda x: rms_norm(x, (7,)), lambda x: F.rms_norm(x, (7,)), ((3, 5, 7),)),
+}
+# The same of elementary operations.
+COMPOSED = {
+    "gelu": lambda x: x * 0.5 * (1 + torch.erf(x / 2**0.5)),
+    "layer norm": composed_norm,
+    "layer norm without bias": composed_norm,
+    "layer norm without weight": lambda x, bias: composed_norm(x, None, bias, eps=0.1),
+    "layer norm alone": composed_norm,
+    "layer norm of two dimensions": lambda x, weight, bias: composed_norm(x, weight, bias, (-1, -2)),
+    "layer norm of two dimensions alone": lambda x: composed_norm(x, dims=(-1, -2)),
+    "rms norm": composed_rms_norm,
+    "rms norm of two dimensions": lambda x, weight: composed_rms_norm(x, weight, (-1, -2), 0.1),
+    "rms norm alone": composed_rms_norm,
 }
 CASES = pytest.mark.parametrize("name", OPS)
 
@@ -103,6 +152,13 @@ def transforms(op, shapes):
     def gradient_norm(*x):
         return sum(g.pow(2).sum() for g in grad(loss, indices)(*x))
 
+    def dual_level(x, t):
+        """Forward mode without functorch, over tasks side by side."""
+        with forward_ad.dual_level():
+            duals = [forward_ad.make_dual(y.clone().requires_grad_(), d) for y, d in zip(x, t, strict=True)]
+            grads = torch.autograd.grad(vmap(loss)(*duals).sum(), duals, create_graph=True)
+            return [forward_ad.unpack_dual(g).tangent.detach() for g in grads]
+
     return {
         "grad": lambda x, t: grad(loss, indices)(*(y[0] for y in x)),
         "vmap(grad)": lambda x, t: vmap(grad(loss, indices))(*x),
@@ -114,25 +170,41 @@ def transforms(op, shapes):
             x[0], *(y[0] for y in x[1:])
         ),
         "vmap(grad(grad))": lambda x, t: vmap(grad(gradient_norm, indices))(*x),
-        "third": lambda x, t: grad(lambda *x: sum(g.sum() for g in grad(gradient_norm, indices)(*x)), 0)(
+        "third": lambda x, t: grad(lambda *x: sum(g.sin().sum() for g in grad(gradient_norm, indices)(*x)), 0)(
             *(y[0] for y in x)
         ),
         "jvp": lambda x, t: jvp(loss, tuple(y[0] for y in x), tuple(y[0] for y in t)),
         "jvp(grad)": lambda x, t: jvp(grad(loss, indices), tuple(y[0] for y in x), tuple(y[0] for y in t)),
         "vmap(jvp(grad))": lambda x, t: vmap(lambda x, t: jvp(grad(loss, indices), x, t))(x, t),
-        "jacfwd(jacfwd)": lambda x, t: jacfwd(jacfwd(loss))(*(y[0, ..., :3] for y in x)),
-        "hessian": lambda x, t: hessian(loss)(*(y[0, ..., :3] for y in x)),
+        "jvp(vmap(grad))": lambda x, t: jvp(vmap(grad(loss, indices)), x, t),
+        "jvp(vmap(grad)), others shared": lambda x, t: jvp(
+            lambda *x: vmap(grad(loss, indices), (0, *(None,) * (len(x) - 1)))(*x),
+            (x[0], *(y[0] for y in x[1:])),
+            (t[0], *(y[0] for y in t[1:])),
+        ),
+        "jvp(grad(vmap))": lambda x, t: jvp(grad(lambda *x: vmap(loss)(*x).sum(), indices), x, t),
+        "grad(jvp)": lambda x, t: grad(lambda *x: jvp(loss, x, tuple(y[0] for y in t))[1], indices)(*(y[0] for y in x)),
+        "dual level": dual_level,
+        "jacfwd(jacfwd)": lambda x, t: jacfwd(jacfwd(loss))(*(y[0] for y in x)),
+        "hessian": lambda x, t: hessian(loss)(*(y[0] for y in x)),
     }
 
 
+# Third derivatives of these are torch's own, in which it errs.
+TORCHS_THIRD = ("rms norm", "rms norm of two dimensions", "rms norm alone")
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("transform", transforms(gelu, ((1,),)))
-@pytest.mark.parametrize("name", ["gelu", "layer norm"])
-def test_transforms(name, transform, generator):
-    ours, torchs, shapes = OPS[name]
-    if transform == "third" and torchs is torchs_norm:
-        torchs = composed_norm
+@pytest.mark.parametrize("name", COMPOSED)
+def test_transforms(name, transform, backend, generator):
+    ours, _, shapes = OPS[name]
+    if transform == "third" and (backend == "reference" or name in TORCHS_THIRD):
+        pytest.skip("torch's own third derivative")
     x, t = drawn(shapes, generator, tasks=(2,)), drawn(shapes, generator, tasks=(2,))
-    found, expected = (pytree.tree_leaves(transforms(op, shapes)[transform](x, t)) for op in (ours, torchs))
+    with metafast.use_backend(backend):
+        found = pytree.tree_leaves(transforms(ours, shapes)[transform](x, t))
+    expected = pytree.tree_leaves(transforms(COMPOSED[name], shapes)[transform](x, t))
     for a, b in zip(found, expected, strict=True):
         assert a.shape == b.shape
         assert relative_error(a, b) < 1e-10
@@ -189,20 +261,51 @@ def test_sums_do_not_depend_on_threads(generator):
 @pytest.mark.parametrize(
     "call",
     [
-        lambda x: layer_norm(x, (6,)),
-        lambda x: layer_norm(x, (6,), x[0, 0]),
-        lambda x: layer_norm(x, (5, 6), x[0], x[1]),
         lambda x: layer_norm(x.bfloat16(), (6,), x[0, 0].bfloat16(), x[0, 1].bfloat16()),
+        lambda x: layer_norm(x.bfloat16(), (6,), x[0, 0], x[0, 1]),
+        lambda x: layer_norm(x.bfloat16(), (5, 6), None, x[0].bfloat16()),
+        lambda x: rms_norm(x.bfloat16(), (6,), x[0, 0].bfloat16()),
         lambda x: gelu(x, approximate="tanh"),
         lambda x: gelu(x.half()),
     ],
-    ids=["no weight", "no bias", "two dimensions", "bfloat16", "tanh", "half"],
+    ids=["bfloat16", "bfloat16 and float32", "bfloat16 without weight", "rms norm", "tanh", "half"],
 )
 def test_what_the_kernels_do_not_take_is_torchs(call, generator):
     x = torch.randn(4, 5, 6, generator=generator)
     with metafast.use_backend("reference"):
         expected = call(x)
     assert torch.equal(call(x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", [name for name in COMPOSED if name != "gelu"])
+def test_half_types_in_forward_mode(name, dtype, generator):
+    """As good as torch's own values, and derivatives to the precision of the type."""
+    ours, torchs, shapes = OPS[name]
+    x, t = drawn(shapes, generator, dtype), drawn(shapes, generator, dtype)
+    out, tangent = jvp(ours, x, t)
+    exact, exact_tangent = jvp(COMPOSED[name], *(tuple(y.double() for y in z) for z in (x, t)))
+    assert out.dtype == tangent.dtype == dtype
+    assert relative_error(out, exact) <= 2 * relative_error(torchs(*x), exact)
+    assert relative_error(tangent, exact_tangent) < 2 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: layer_norm(x, (5,)),
+        lambda x: layer_norm(x, (6,), x[0]),
+        lambda x: layer_norm(x, ()),
+        lambda x: rms_norm(x, (5,)),
+        lambda x: rms_norm(x, (6,), x[0]),
+    ],
+)
+def test_shapes_that_do_not_fit_are_torchs_errors(call, generator):
+    x = torch.randn(4, 5, 6, generator=generator)
+    with pytest.raises(RuntimeError, match="normalized_shape"):
+        call(x)
+    with pytest.raises(RuntimeError, match="normalized_shape"):
+        jvp(call, (x,), (x,))
 
 
 def test_accelerate_swaps_them_in(generator):

@@ -99,6 +99,11 @@ def is_forward_over_forward() -> bool:
     return sum(level.key() == _functorch.TransformType.Jvp for level in stack) > 1
 
 
+def is_forward_mode() -> bool:
+    """Whether forward mode is entered, by ``torch.func.jvp`` or by ``torch.autograd.forward_ad``."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
 def has_cpu_kernels(*tensors: Tensor) -> bool:
     """Whether the small ops that only ``accelerate`` swaps in run their kernels on these tensors, and torch's own elsewhere.
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metafast.ops.functions import Function, all_batched, batched, has_cpu_kernels, save
+from metafast.ops.functions import Function, all_batched, batched, has_cpu_kernels, is_forward_mode, save
 from metafast.ops.layer_norm import library as _library  # noqa: F401 - defines the ops
 from metafast.ops.layer_norm import reference
 
-_torch_layer_norm = torch.nn.functional.layer_norm
+_torch_layer_norm = torch.layer_norm
 _ops = torch.ops.metafast
 
 
@@ -23,27 +23,35 @@ def layer_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
+    cudnn_enable: bool = True,
 ) -> Tensor:
-    """``torch.nn.functional.layer_norm``; the kernels take one normalised dimension with weight and bias.
+    """``torch.layer_norm``; in forward mode without torch's own derivative, which is wrong there (pytorch#196700).
 
     Args:
-        input: ``[*, C]``.
-        normalized_shape: ``[C]``.
-        weight, bias: ``[C]``.
+        input: ``[*, *normalized_shape]``.
+        normalized_shape: sizes of the last dimensions, over which it is normalised.
+        weight, bias: ``[*normalized_shape]`` or None.
         eps: added to the variance.
+        cudnn_enable: as torch's.
     """
-    if (
-        weight is None
-        or bias is None
-        or weight.ndim != 1
-        or bias.shape != weight.shape
-        or input.ndim == 0
-        or weight.shape != input.shape[-1:]
-        or tuple(normalized_shape) != tuple(weight.shape)
-        or not has_cpu_kernels(input, weight, bias)
-    ):
-        return _torch_layer_norm(input, normalized_shape, weight, bias, eps)
-    return _LayerNorm.apply(input, weight, bias, eps)[0]
+    shape = tuple(normalized_shape)
+    given = [tensor for tensor in (weight, bias) if tensor is not None]
+    size = math.prod(shape)
+    fits = shape and tuple(input.shape[-len(shape) :]) == shape and all(tuple(x.shape) == shape for x in given)
+    if fits and size > 0:
+        if has_cpu_kernels(input, *given):
+            scale, offset = (
+                torch.full((size,), default, dtype=input.dtype) if tensor is None else tensor.reshape(size)
+                for tensor, default in ((weight, 1.0), (bias, 0.0))
+            )
+            out: Tensor = _LayerNorm.apply(input.flatten(-len(shape)), scale, offset, eps)[0]
+            return out.reshape(input.shape)
+        if is_forward_mode():
+            return reference.layer_norm(input, len(shape), weight, bias, eps)
+        if weight is None and bias is not None:
+            # Torch does not differentiate this twice as one call.
+            return _torch_layer_norm(input, normalized_shape, None, None, eps, cudnn_enable) + bias
+    return _torch_layer_norm(input, normalized_shape, weight, bias, eps, cudnn_enable)
 
 
 class _LayerNorm(Function):

@@ -1,13 +1,33 @@
 """Layer normalisation and its derivatives in plain PyTorch, differentiable to any order; formulas in README.md.
 
-``input`` is ``[*tasks, *, C]``; ``weight`` and ``bias`` are ``[*tasks, C]`` with as many leading dimensions as there are
-kinds of tasks, none for a single one.
+Where tasks stand side by side, ``input`` is ``[*tasks, *, C]``; ``weight`` and ``bias`` are ``[*tasks, C]`` with as many
+leading dimensions as there are kinds of tasks, none for a single one.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+
+def layer_norm(input: Tensor, dims: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """``torch.layer_norm`` over the last ``dims`` dimensions of one task, in float32 where the input is of a half type."""
+    normal = normalised(input, tuple(range(-dims, 0)), eps)
+    return scaled(normal, weight, bias).to(input.dtype)
+
+
+def normalised(input: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
+    """``input`` with mean 0 and variance 1 over ``dims``, in float32 at least."""
+    input = input.to(torch.promote_types(input.dtype, torch.float32))
+    centred = input - input.mean(dims, keepdim=True)
+    return centred * torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps)
+
+
+def scaled(normal: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """``normal * weight + bias``, of what is given."""
+    if weight is not None:
+        normal = normal * weight
+    return normal if bias is None else normal + bias
 
 
 def forward(input: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
