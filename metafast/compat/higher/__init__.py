@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from metafast.accelerate import accelerated_thread, replaced_names
+from metafast.accelerate import replaced_names
+from metafast.compat.calls import called
 from metafast.compat.higher.optim import DifferentiableOptimizer, Override
 from metafast.compat.higher.patch import Functional, monkeypatch
 
@@ -60,7 +61,7 @@ def innerloop_ctx(
     diffopt = DifferentiableOptimizer(
         opt, list(model.parameters()), fmodel, device, override=override, track_higher_grads=track_higher_grads
     )
-    with accelerated_thread(replaced_names(model)):
+    with called(fmodel, replaced_names(model)):
         yield fmodel, diffopt
 
 

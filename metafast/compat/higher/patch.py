@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metafast.accelerate import Names, accelerated_thread, replaced_names
-from metafast.compat.rnn import refresh_flat_weights
+from metafast.accelerate import Names, replaced_names
+from metafast.compat.calls import called, follow
 
 
 class Functional(nn.Module):
@@ -25,7 +25,7 @@ class Functional(nn.Module):
         """The model's outputs, with the latest fast parameters, or with ``params`` from now on."""
         if params is not None:
             self.update_params(params)
-        with accelerated_thread(self._names):
+        with called(self, self._names):
             return super().forward(*args, **kwargs)  # the model's own: it is the next class
 
     def parameters(self, recurse: bool = True, time: int | None = None) -> Iterator[Any]:
@@ -45,8 +45,12 @@ class Functional(nn.Module):
 
     @property
     def fast_params(self) -> list[Tensor]:
-        """The latest parameters."""
+        """The latest parameters. Assigning to them is :meth:`update_params`."""
         return self._history[-1]
+
+    @fast_params.setter
+    def fast_params(self, params: Iterable[Tensor]) -> None:
+        self.update_params(params)
 
     @property
     def init_fast_params(self) -> list[Tensor]:
@@ -74,8 +78,6 @@ class Functional(nn.Module):
     def _place(self, params: list[Tensor]) -> None:
         for module, name, index in self._places:
             module._parameters[name] = params[index]  # type: ignore[assignment]  # no Parameter: it has a graph
-        for module in self.modules():
-            refresh_flat_weights(module)
 
 
 def monkeypatch(
@@ -103,6 +105,7 @@ def monkeypatch(
         _places=copy.places, _history=[params], _tracks=track_higher_grads, _names=replaced_names(module)
     )
     fmodel._place(params)
+    follow(fmodel)
     return fmodel
 
 

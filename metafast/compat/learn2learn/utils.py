@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 
-from metafast.compat.rnn import refresh_flat_weights
+from metafast.compat.calls import follow
 
 Module = TypeVar("Module", bound=nn.Module)
 Memo = dict[Any, Tensor]
@@ -17,8 +17,8 @@ Memo = dict[Any, Tensor]
 def clone_module(module: Module, memo: Memo | None = None) -> Module:
     """A copy of a module with clones of its parameters: gradients of the copy's flow to the original's.
 
-    Submodules are copied; a parameter that is used in several places is cloned once. Buffers that require a gradient are
-    cloned; the others, running statistics say, are the original's.
+    Submodules are copied; one that is in several places is copied once, and so is a parameter. Buffers that require a
+    gradient are cloned; the others, running statistics say, are the original's.
 
     Args:
         module: what is cloned.
@@ -26,8 +26,15 @@ def clone_module(module: Module, memo: Memo | None = None) -> Module:
     """
     if not isinstance(module, nn.Module):
         return module
-    memo = {} if memo is None else memo
-    clone = module.__new__(type(module))
+    clone = _clone(module, {} if memo is None else memo, {})
+    follow(clone)
+    return clone
+
+
+def _clone(module: Module, memo: Memo, modules: dict[nn.Module, Any]) -> Module:
+    if module in modules:
+        return cast(Module, modules[module])
+    clone = modules[module] = module.__new__(type(module))
     clone.__dict__ = module.__dict__.copy()
     for name in ("_parameters", "_buffers", "_modules"):
         clone.__dict__[name] = module.__dict__[name].copy()
@@ -38,8 +45,7 @@ def clone_module(module: Module, memo: Memo | None = None) -> Module:
     )
     for key, child in module._modules.items():
         if child is not None:
-            clone._modules[key] = clone_module(child, memo)
-    refresh_flat_weights(clone)
+            clone._modules[key] = _clone(child, memo, modules)
     return clone
 
 
@@ -95,7 +101,6 @@ def update_module(module: Module, updates: Sequence[Tensor | None] | None = None
     for child in module._modules.values():
         if child is not None:
             update_module(child, memo=memo)
-    refresh_flat_weights(module)
     return module
 
 

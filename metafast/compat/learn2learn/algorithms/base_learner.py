@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from metafast.accelerate import Names, accelerated_thread, replaced_names
+from metafast.accelerate import Names, replaced_names
+from metafast.compat.calls import called, follow
 
 
 class BaseLearner(nn.Module):
@@ -16,6 +17,7 @@ class BaseLearner(nn.Module):
         super().__init__()
         self.module = module
         self._names = replaced_names(module) if names is None else names
+        follow(module)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -25,5 +27,5 @@ class BaseLearner(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's outputs."""
-        with accelerated_thread(self._names):
+        with called(self.module, self._names):
             return self.module(*args, **kwargs)

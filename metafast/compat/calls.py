@@ -1,0 +1,20 @@
+"""Calls of modules whose parameters are tensors with a graph: accelerated, and recomputed as they were."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from torch import nn
+
+from metafast.accelerate import Names, accelerated_thread
+from metafast.meta.model_checkpoint import follow, recomputed_with
+
+__all__ = ["called", "follow"]
+
+
+@contextlib.contextmanager
+def called(module: nn.Module, names: Names) -> Iterator[None]:
+    """``module`` runs inside :func:`metafast.accelerate`, and so does what torch recomputes of it later."""
+    with accelerated_thread(names), recomputed_with(module, None, names):
+        yield
