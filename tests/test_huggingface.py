@@ -164,3 +164,28 @@ def test_what_is_not_supported_says_so():
     q = torch.zeros(1, 2, 3, 4)
     with pytest.raises(ValueError, match="softcap: not supported"):
         huggingface.attention(torch.nn.Identity(), q, q, q, None, softcap=30.0)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama, grouped heads", "bart"])
+def test_attention_weights_are_not_given_in_silence(name, caplog, generator):
+    from transformers.utils import logging
+
+    model = MODELS[name]().eval()
+    model.set_attn_implementation("metafast")
+    ids, _ = batch(generator, 2, padded=False)
+    logger = logging.get_logger("transformers.integrations.metafast")
+    logging.warning_once.cache_clear()  # once a process
+    logger.addHandler(caplog.handler)
+    try:
+        model(ids)
+        assert not caplog.records
+        for _ in range(2):
+            model(ids, output_attentions=True)
+    finally:
+        logger.removeHandler(caplog.handler)
+    record = caplog.records[0]
+    assert all(other is record for other in caplog.records)  # it comes twice where transformers' log propagates
+    assert record.levelname == "WARNING"
+    assert record.getMessage().startswith(
+        "output_attentions=True: the attention implementation 'metafast' computes no attention weights, and gives none; "
+    )

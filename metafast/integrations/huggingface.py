@@ -52,7 +52,8 @@ def attention(
     """What a model's attention module calls; ``query [B, Hq, Nq, D]``, ``key`` and ``value [B, Hk, Nk, D]``.
 
     Returns:
-        ``[B, Nq, Hq, D]`` and, in the place of attention weights, None.
+        ``[B, Nq, Hq, D]`` and, in the place of attention weights, None: they are never computed. A model that asks for them
+        is told so once, in transformers' log.
 
     Raises:
         ValueError: the model asks for what this attention does not do (``softcap``, sink tokens).
@@ -60,6 +61,8 @@ def attention(
     for option in ("softcap", "s_aux"):
         if kwargs.get(option) is not None:
             raise ValueError(f"{option}: not supported by the attention implementation {NAME!r}; use 'eager'")
+    if kwargs.get("output_attentions"):
+        _warn_of_output_attentions()
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     # With a mask, causality is in it; a single query is the last token of a decoder and sees everything before it.
@@ -86,6 +89,15 @@ def mask(**arguments: Any) -> Tensor | None:
     if arguments.get("attention_mask") is not None:
         arguments |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     return sdpa_mask(**arguments)
+
+
+def _warn_of_output_attentions() -> None:
+    from transformers.utils import logging
+
+    logging.get_logger("transformers.integrations.metafast").warning_once(
+        f"output_attentions=True: the attention implementation {NAME!r} computes no attention weights, and gives none; "
+        "model.set_attn_implementation('eager') does"
+    )
 
 
 def _biased(position_bias: Tensor, attention_mask: Tensor | None, dtype: torch.dtype) -> Tensor:
