@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
 import signal
+import sys
 
 import pytest
 import torch
 
 import metafast
+from metafast import backend
 from metafast.__main__ import main
 from metafast.demo import training
 from metafast.demo.adapt import adapt
@@ -282,6 +285,83 @@ def test_demo_command_refuses(tmp_path, capsys):
     assert "resume: expected a checkpoint" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["demo", "--algorithm", "sgd"])
+
+
+def untrained(folder, settings):
+    """A folder as a run of no step leaves it."""
+    folder.path.mkdir()
+    save(folder, settings, start(settings, folder, resume=False))
+    folder.result.write_text("{}")
+
+
+def contents(path):
+    """Of a folder and what is beside it: names, bytes and when they were written."""
+    files = sorted(path.parent.rglob("*"))
+    return [(file, file.stat().st_mtime_ns, file.read_bytes()) for file in files if file.is_file()]
+
+
+WRONG = [
+    (["--ways", "0"], "ways: expected at least 1, got 0"),
+    (["--ways", "4"], "ways: expected at most 3, the languages of the set test_latin, got 4"),
+    (
+        ["--shots", "15"],
+        "shots, queries: expected at most 16 together, the fewest names of a language in the set training",
+    ),
+    (["--shots", "-1"], "shots: expected at least 1, got -1"),
+    (["--steps", "0"], "steps: expected at least 1, got 0"),
+    (["--iterations", "0"], "iterations: expected at least 1, got 0"),
+    (["--seed", str(2**64)], "seed: expected a number from -2**63 to 2**64 - 1, got 18446744073709551616"),
+    (["--backend", "fused"], "no extension here"),
+    (["--resume", "--iterations", "7"], "resume: expected the settings of the checkpoint in"),
+    (["--resume", "--ways", "4"], "resume: expected the settings of the checkpoint in"),
+]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), WRONG, ids=lambda value: " ".join(value) if type(value) is list else ""
+)
+def test_wrong_options_leave_an_earlier_run_alone(folder, languages, texts, monkeypatch, capsys, options, message):
+    fewer = LabelledText({name: texts[name] for name in list(texts)[:3]}, TINY["max_length"])
+    languages = dataclasses.replace(languages, test_latin=fewer)
+    settings = config(backend="reference", tasks=Config().tasks, queries=Config().queries)
+    untrained(folder, settings)
+    before = contents(folder.path)
+    monkeypatch.setattr(Languages, "load", lambda length: languages)
+    monkeypatch.setattr(backend, "extension_problem", lambda: "no extension here")
+    given = {"--ways": "3", "--shots": "2", "--steps": "2", "--iterations": "6", "--backend": "reference"}
+    command = [part for name, value in given.items() if name not in options for part in (name, value)]
+    assert main(["demo", "--out", str(folder.path), *command, *options]) == 1
+    assert message in capsys.readouterr().err
+    assert contents(folder.path) == before
+    assert not list(folder.path.parent.glob("*.previous-*"))
+
+
+def test_a_module_that_is_missing_is_found_first(folder, languages, monkeypatch):
+    untrained(folder, config())
+    before = contents(folder.path)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match="matplotlib"):
+        run_tiny(folder, languages)
+    assert contents(folder.path) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--show", "-1"], "show: expected at least 0, got -1"),
+        (["--seed", str(2**64)], "seed: expected a number from -2**63 to 2**64 - 1"),
+        (["--steps", "-1"], "shots, steps: expected at least 1 and 0, got 2 and -1"),
+        (["--shots", "3"], "shots: expected fewer than the 3 texts of 'a', got 3"),
+    ],
+)
+def test_adapt_command_leaves_the_checkpoint_alone(folder, tmp_path, capsys, options, message):
+    file = tmp_path / "names.csv"
+    file.write_text("text,label\nab,a\nac,a\nad,a\nba,b\nbc,b\nbd,b\n")
+    untrained(folder, config())
+    before = contents(folder.path)
+    assert main(["adapt", "--checkpoint", str(folder.path), "--file", str(file), *options]) == 1
+    assert message in capsys.readouterr().err
+    assert contents(folder.path) == before
 
 
 def test_info_command(capsys):

@@ -173,6 +173,7 @@ def test_attention_weights_are_not_given_in_silence(name, caplog, generator):
     model = MODELS[name]().eval()
     model.set_attn_implementation("metafast")
     ids, _ = batch(generator, 2, padded=False)
+    caplog.clear()
     logger = logging.get_logger("transformers.integrations.metafast")
     logging.warning_once.cache_clear()  # once a process
     logger.addHandler(caplog.handler)

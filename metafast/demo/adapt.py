@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from metafast.demo.config import check_seed
 from metafast.demo.files import Folder, load_model, read_settings
 from metafast.tasks.text import encode
 
@@ -33,12 +34,13 @@ def adapt(
         seed: of the draw.
 
     Raises:
-        ValueError: the folder holds no such checkpoint, or ``texts`` are not as described.
+        ValueError: the folder holds no such checkpoint, or another argument is not as described.
     """
     config, _ = read_settings(folder)
     model = config.model()
     load_model(folder, model)
     shots = config.shots if shots is None else shots
+    check_seed(seed)
     if shots < 1 or steps < 0:
         raise ValueError(f"shots, steps: expected at least 1 and 0, got {shots} and {steps}")
     labels = list(texts)

@@ -60,7 +60,7 @@ def _demo(options: argparse.Namespace) -> int:
     try:
         config = Config(**{field.name: chosen[field.name] for field in fields(Config) if field.name in chosen})
         results = run(config, folder, resume=options.resume)
-    except (ValueError, OSError, FloatingPointError, BackendUnavailableError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError, BackendUnavailableError) as error:
         print(f"metafast demo: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -82,13 +82,15 @@ def _adapt(options: argparse.Namespace) -> int:
     from metafast.tasks.text import read_csv
 
     try:
+        if options.show < 0:
+            raise ValueError(f"show: expected at least 0, got {options.show}")
         if options.file is not None:
             texts = read_csv(options.file)
         else:
             chosen = cldr.select(options.languages.split(","), "languages")
             texts = {f"{cldr.english_name(code)} ({code})": list(names) for code, names in chosen.items()}
         examples = adapt(Folder(options.checkpoint), texts, shots=options.shots, steps=options.steps, seed=options.seed)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"metafast adapt: {error}", file=sys.stderr)
         return 1
     print(table(examples, options.show))

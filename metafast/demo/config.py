@@ -56,6 +56,7 @@ class Config:
         for name in ("ways", "shots", "queries", "steps", "tasks", "iterations"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        check_seed(self.seed)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -91,6 +92,12 @@ class Config:
         if self.algorithm == "reptile":
             return Reptile(model, loss_fn, inner=rule, steps=self.steps)
         return MAML(model, loss_fn, inner=rule, steps=self.steps, order=1 if self.algorithm == "fomaml" else 2)
+
+
+def check_seed(seed: int) -> None:
+    """Raises ValueError where torch's generators do not take the seed."""
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed: expected a number from -2**63 to 2**64 - 1, got {seed}")
 
 
 def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
+from metafast.demo.config import Config
 from metafast.tasks import cldr
 from metafast.tasks.text import LabelledText
 
@@ -28,3 +29,19 @@ class Languages:
 
         sets = (split.training, latin(split.training), split.validation, split.test, latin(split.test))
         return cls(*(LabelledText(cldr.select(codes), max_length) for codes in sets))
+
+    def check(self, config: Config) -> None:
+        """Raises ValueError where a set has fewer languages, or a language fewer names, than an episode takes."""
+        names = config.shots + config.queries
+        for field in fields(self):
+            found: LabelledText = getattr(self, field.name)
+            if len(found.labels) < config.ways:
+                raise ValueError(
+                    f"ways: expected at most {len(found.labels)}, the languages of the set {field.name}, got {config.ways}"
+                )
+            fewest = min(len(of_label) for of_label in found.encoded)
+            if fewest < names:
+                raise ValueError(
+                    f"shots, queries: expected at most {fewest} together, the fewest names of a language in the set "
+                    f"{field.name}, got {config.shots} and {config.queries}"
+                )

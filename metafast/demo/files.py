@@ -46,6 +46,11 @@ class Folder:
     def plot(self) -> Path:
         return self.path / "accuracy.png"
 
+    def expect_checkpoint(self) -> None:
+        """Raises ValueError where there is none to resume."""
+        if not self.settings.exists():
+            raise ValueError(f"resume: expected a checkpoint in {self.path}, found none")
+
     def prepare(self, resume: bool) -> str | None:
         """Makes sure that results can be written before any is computed; sets an earlier run's folder aside.
 
@@ -55,8 +60,8 @@ class Folder:
         Raises:
             ValueError: the folder cannot be written, or with ``resume`` there is no checkpoint in it.
         """
-        if resume and not self.settings.exists():
-            raise ValueError(f"resume: expected a checkpoint in {self.path}, found none")
+        if resume:
+            self.expect_checkpoint()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             probe = self.path / ".writable"
@@ -132,6 +137,22 @@ def read_settings(folder: Folder) -> tuple[Config, dict[str, Any]]:
         raise ValueError(f"checkpoint: expected a checkpoint of the demo in {folder.path} ({error})") from error
 
 
+def check_settings(folder: Folder, config: Config) -> dict[str, Any]:
+    """The file of a checkpoint's settings, which are those of ``config``.
+
+    Raises:
+        ValueError: they are not; the message says what differs.
+    """
+    saved, settings = read_settings(folder)
+    ours, theirs = config.to_json(), saved.to_json()
+    differences = [
+        f"{name} is {theirs[name]}, asked for is {ours[name]}" for name in ours if ours[name] != theirs[name]
+    ]
+    if differences:
+        raise ValueError(f"resume: expected the settings of the checkpoint in {folder.path}: " + "; ".join(differences))
+    return settings
+
+
 def load_model(folder: Folder, model: nn.Module) -> dict[str, Tensor]:
     """Fills ``model`` with a checkpoint's parameters and returns the checkpoint's other tensors.
 
@@ -181,13 +202,7 @@ def restore(folder: Folder, config: Config, progress: Progress) -> None:
     Raises:
         ValueError: the checkpoint is of other settings or of another architecture; the message says what differs.
     """
-    saved, settings = read_settings(folder)
-    ours, theirs = config.to_json(), saved.to_json()
-    differences = [
-        f"{name} is {theirs[name]}, asked for is {ours[name]}" for name in ours if ours[name] != theirs[name]
-    ]
-    if differences:
-        raise ValueError(f"resume: expected the settings of the checkpoint in {folder.path}: " + "; ".join(differences))
+    settings = check_settings(folder, config)
     tensors = load_model(folder, progress.model)
     progress.episodes.set_state(tensors.pop(_GENERATOR))
     state: dict[int, dict[str, Tensor]] = {}

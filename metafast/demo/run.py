@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from metafast.demo.baseline import pretrain, search_learning_rates
 from metafast.demo.config import Config
 from metafast.demo.data import Languages
 from metafast.demo.evaluation import STEPS, accuracy_after
-from metafast.demo.files import Folder
+from metafast.demo.files import Folder, check_settings
 from metafast.demo.report import Results, write_results
 from metafast.demo.training import episodes, start, train
 
@@ -44,17 +45,22 @@ def run(
     """Runs the demo and writes its files.
 
     Raises:
-        ValueError: the folder cannot be written, or there is nothing to resume in it; before anything is computed.
+        ValueError, BackendUnavailableError, ImportError: the settings cannot be run, the folder cannot be written, or there
+            is nothing to resume in it; before anything is moved or written.
         KeyboardInterrupt: after writing a checkpoint.
     """
     effort = effort or Effort()
-    moved = folder.prepare(resume)
-    if moved and not quiet:
-        print(f"the results of an earlier run are now in {moved}")
+    if resume:
+        folder.expect_checkpoint()
+        check_settings(folder, config)
     seconds: dict[str, float] = {}
     with use_backend(config.backend):
         with _timed(seconds, "data"):
             languages = languages or Languages.load(config.max_length)
+        _rehearse(config, languages)
+        moved = folder.prepare(resume)
+        if moved and not quiet:
+            print(f"the results of an earlier run are now in {moved}")
         progress = start(config, folder, resume)
         train(config, languages, folder, progress, quiet)
         seconds["training"] = progress.seconds
@@ -80,6 +86,15 @@ def run(
     )
     write_results(folder, config, results)
     return results
+
+
+def _rehearse(config: Config, languages: Languages) -> None:
+    """Finds out what is wrong with the settings, or missing here, before an earlier run's results are touched."""
+    for name in ("matplotlib", "safetensors", "tqdm"):
+        importlib.import_module(name)
+    languages.check(config)
+    batches = episodes(config, languages, torch.Generator().manual_seed(config.seed))
+    config.learner(config.model())(*batches).backward()  # type: ignore[no-untyped-call]
 
 
 def _meta_gradient_error(config: Config, languages: Languages, model: torch.nn.Module) -> float:

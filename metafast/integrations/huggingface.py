@@ -61,7 +61,7 @@ def attention(
     for option in ("softcap", "s_aux"):
         if kwargs.get(option) is not None:
             raise ValueError(f"{option}: not supported by the attention implementation {NAME!r}; use 'eager'")
-    if kwargs.get("output_attentions"):
+    if kwargs.get("output_attentions") or _weights_are_collected():
         _warn_of_output_attentions()
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
@@ -89,6 +89,15 @@ def mask(**arguments: Any) -> Tensor | None:
     if arguments.get("attention_mask") is not None:
         arguments |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     return sdpa_mask(**arguments)
+
+
+def _weights_are_collected() -> bool:
+    """Whether a model of transformers 5 that keeps the option from its attention modules was called with it."""
+    try:
+        from transformers.utils.output_capturing import _active_collector
+    except ImportError:
+        return False
+    return any(name.endswith("attentions") for name in _active_collector.get() or ())
 
 
 def _warn_of_output_attentions() -> None:
