@@ -1,5 +1,8 @@
 """metafast: meta-learning of Transformers, fast, exact and small in memory."""
 
+import importlib
+from typing import Any
+
 from metafast import inner
 from metafast.accelerate import accelerate
 from metafast.backend import BackendUnavailableError, build_info, use_backend
@@ -30,3 +33,10 @@ __all__ = [
     "task_update",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when they are asked for.
+    if name in ("compat", "integrations", "models", "tasks"):
+        return importlib.import_module(f"metafast.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -180,3 +180,48 @@ def test_captured_learners_share_the_model(net, draw, kind):
     with torch.no_grad():
         net.body.weight.zero_()
     assert not torch.equal(learners(x), before)
+
+
+SMALL_GPT2 = {"n_embd": 16, "n_head": 2, "n_layer": 1, "vocab_size": 30, "n_positions": 16}
+
+
+def hugging_face(name):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    metafast.integrations.huggingface.register()
+    if name == "gpt2":
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**SMALL_GPT2))
+    elif name == "llama":
+        sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 24}
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=30, **sizes))
+    else:
+        sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+        config = transformers.T5Config(vocab_size=30, decoder_start_token_id=0, **sizes)
+        model = transformers.T5ForConditionalGeneration(config)
+    return model.double().eval()
+
+
+@pytest.mark.parametrize("attention", ["metafast", "eager"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "t5"])
+@pytest.mark.filterwarnings("ignore::FutureWarning:transformers", "ignore::DeprecationWarning:transformers")
+def test_hugging_face_models_as_they_are(generator, name, attention):
+    """Their outputs hold a cache by default; an output object comes back as one."""
+    model = hugging_face(name)
+    model.set_attn_implementation(attention)
+    ids = torch.randint(3, 30, (2, 2, 6), generator=generator)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    meta = metafast.MAML(model, lambda m, b: m(**b).loss, inner=SGD(lr=0.1), steps=1)
+    meta(batch, batch).backward()
+    learners = meta.adapt(batch)
+    outputs = learners(**batch)
+    assert type(outputs) is type(model(**{k: v[0] for k, v in batch.items()}))
+    for task in range(2):
+        expected = learners.model(task)(**{key: value[task] for key, value in batch.items()})
+        torch.testing.assert_close(outputs.logits[task], expected.logits)
+        torch.testing.assert_close(outputs.loss[task], expected.loss)
+    with pytest.raises(TypeError, match=r"outputs: expected a pytree of tensors, got a \w*Cache with tensors in it"):
+        learners(**batch, use_cache=True)
+    cache = model(**{k: v[0] for k, v in batch.items()}, use_cache=True).past_key_values
+    with pytest.raises(
+        TypeError, match=r"past_key_values: expected tensors .* got a \w*Cache, which all tasks would write"
+    ):
+        learners(**batch, past_key_values=cache)

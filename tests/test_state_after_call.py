@@ -1,4 +1,4 @@
-"""Models that keep something from call to call: what they give and what is left on them is as in a plain loop, or refused."""
+"""Models that keep something from call to call: what they give and leave is as in a plain loop, or the call is refused."""
 
 from __future__ import annotations
 

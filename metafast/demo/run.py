@@ -94,7 +94,7 @@ def _rehearse(config: Config, languages: Languages) -> None:
         importlib.import_module(name)
     languages.check(config)
     batches = episodes(config, languages, torch.Generator().manual_seed(config.seed))
-    config.learner(config.model())(*batches).backward()  # type: ignore[no-untyped-call]
+    config.learner(config.model())(*batches).backward()
 
 
 def _meta_gradient_error(config: Config, languages: Languages, model: torch.nn.Module) -> float:

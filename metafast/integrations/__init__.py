@@ -1,1 +1,5 @@
-"""Connections to other libraries; each is imported by name, none with the package."""
+"""Other libraries' models on this library's attention."""
+
+from metafast.integrations import huggingface
+
+__all__ = ["huggingface"]

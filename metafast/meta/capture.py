@@ -130,6 +130,12 @@ class Captured:
         logger.info("capture: recorded %s in %.1f s, %.0f MiB of intermediate values", name, seconds, mebibytes)
         # What was recorded knows which of the buffers did change.
         written = dict(zip(call.state, program.writes, strict=False))
+        parameters = [name for name, _ in self._module.named_parameters() if written.get(name)]
+        if parameters:
+            raise NotRecordableError(
+                f"the forward writes to the parameter {', '.join(parameters)} (as an embedding with max_norm does), which a "
+                "replay would not: use capture=False"
+            )
         buffers = [name if new or written[name] else None for name, new in recording.buffers.items()]
         self._left.update((id(place[0]), place[1]) for place in recording.left if place is not None)
         return _Kept(program, buffers, recording.left, Check(self._replays(), seconds, inputs))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from metafast.meta.attributes import Attributes, Change, replace_tensors, tensors_in
-from metafast.meta.strays import batched_strays, collections_so_far, forget
+from metafast.meta.strays import BatchedStrays, forget
 from metafast.meta.surroundings import Buffers, RandomState
 
 _functorch = torch._C._functorch
@@ -36,7 +36,6 @@ class StateBefore:
         self._attributes = Attributes(module)
         self._buffers = Buffers(module)
         self._random = RandomState(device)
-        self._collections = collections_so_far()
 
     def restore(self) -> None:
         """Puts all of it back."""
@@ -58,14 +57,14 @@ class StateBefore:
                 self._attributes.restore()
                 self._random.restore()
 
-    def difference(self, again: Callable[[], Any], settled: set[str], *, first: bool) -> str | None:
+    def difference(self, again: Callable[[], Any], settled: set[str], strays: BatchedStrays | None) -> str | None:
         """What of the state after a call under vmap differs from what a loop over tasks leaves; None if nothing does.
         Tensors of a vmap that is over are made ordinary ones: the last task's, as in a loop.
 
         Args:
             again: makes the call once more.
             settled: paths of what is known to be the same after the next call, or not to be read by it; grows.
-            first: look outside of the module, too.
+            strays: of the call, to look outside of the module, too.
         """
         of_tasks = self._made_ordinary()
         changes = self.changes()
@@ -73,8 +72,8 @@ class StateBefore:
             # What is in a list stays there, and there are more after each call.
             if change.path in of_tasks and not (isinstance(change.now, Tensor) and change.now.is_floating_point()):
                 return f"the call leaves something of each task in {change.path}"
-        if first and (strays := batched_strays(self._collections)):
-            return f"the call puts tensors of single tasks into {forget(strays)}, which vmap would leave dead there"
+        if strays is not None and (left := strays.left()):
+            return f"the call puts tensors of single tasks into {forget(left)}, which vmap would leave dead there"
         unknown = {change.path for change in changes} - settled
         if not unknown:
             return None

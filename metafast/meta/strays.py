@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import functools
 import gc
+import weakref
 from collections import deque
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,20 +18,49 @@ _Cached = type(functools.lru_cache(lambda: None))
 _KINDS = (Tensor, nn.Parameter, FakeTensor)
 
 
-def batched_strays(collections: tuple[int, ...] | None = None) -> list[Tensor]:
-    """What is left of tensors of a ``vmap`` that is over.
+class BatchedStrays:
+    """Finds what a call leaves of the tensors of its ``vmap``, which are dead when that is over.
 
-    Args:
-        collections: :func:`collections_so_far` before the call. What the call made is among the young objects, unless
-            the garbage collector has taken it for old since.
+    New objects are the youngest ones as long as the garbage collector rests, and they alone are looked at.
     """
-    young = collections is not None and collections[1:] == collections_so_far()[1:]
-    return _alive(_functorch.is_batchedtensor, young)
+
+    def __init__(self) -> None:
+        self._before: set[int] = set()
+        self._found: list[weakref.ref[Tensor]] = []
+
+    def __enter__(self) -> BatchedStrays:
+        self._enabled = gc.isenabled()
+        gc.disable()
+        self._before = {id(tensor) for tensor in _youngest()}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._found = [weakref.ref(tensor) for tensor in _youngest() if id(tensor) not in self._before]
+        if self._enabled:
+            gc.enable()
+
+    def left(self) -> list[Tensor]:
+        """Those that something still holds."""
+        if any(found() is not None for found in self._found):
+            # Garbage that waits for its collection is no stray.
+            gc.collect()
+        return [tensor for tensor in (found() for found in self._found) if tensor is not None]
+
+
+def _youngest() -> list[Tensor]:
+    return [o for o in gc.get_objects(0) if type(o) in _KINDS and _functorch.is_batchedtensor(o)]
 
 
 def fake_strays(mode: Any) -> list[Tensor]:
     """Tensors without data of a recording that is over."""
-    return _alive(lambda tensor: getattr(unwrapped(tensor), "fake_mode", None) is mode, young=False)
+
+    def found() -> list[Tensor]:
+        return [o for o in gc.get_objects() if type(o) in _KINDS and getattr(unwrapped(o), "fake_mode", None) is mode]
+
+    if not found():
+        return []
+    gc.collect()
+    return found()
 
 
 def unwrapped(tensor: Tensor) -> Tensor:
@@ -39,11 +68,6 @@ def unwrapped(tensor: Tensor) -> Tensor:
     while _functorch.is_functorch_wrapped_tensor(tensor):
         tensor = _functorch.get_unwrapped(tensor)
     return tensor
-
-
-def collections_so_far() -> tuple[int, ...]:
-    """How many times the garbage collector went through each generation."""
-    return tuple(generation["collections"] for generation in gc.get_stats())
 
 
 def forget(strays: list[Tensor]) -> str:
@@ -70,16 +94,3 @@ def forget(strays: list[Tensor]) -> str:
                 holder -= {value for value in holder if id(value) in ours}
                 names.add("a set")
     return ", ".join(sorted(names)) or "something that Python's garbage collector does not tell"
-
-
-def _alive(wanted: Callable[[Tensor], bool], young: bool) -> list[Tensor]:
-    if not _found(wanted, young):
-        return []
-    # Garbage that waits for its collection is no stray.
-    gc.collect()
-    return _found(wanted, young=False)
-
-
-def _found(wanted: Callable[[Tensor], bool], young: bool) -> list[Tensor]:
-    objects = [*gc.get_objects(0), *gc.get_objects(1)] if young else gc.get_objects()
-    return [o for o in objects if type(o) in _KINDS and wanted(o)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,6 +17,7 @@ from metafast.meta.model_checkpoint import recomputed_with
 from metafast.meta.outputs import Form, put_together, stacked, taken_apart
 from metafast.meta.placing import placed
 from metafast.meta.state_after_call import StateBefore
+from metafast.meta.strays import BatchedStrays
 from metafast.meta.tasks import LossFn, Params
 from metafast.meta.vmap_errors import is_users_own
 from metafast.program import is_recording
@@ -105,8 +107,10 @@ class TaskFunction:
 
     def _side_by_side_or_loop(self, one: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
         before = StateBefore(self.module, pytree.tree_leaves(arguments)[0].device)
+        strays = BatchedStrays() if self._looks_outside and not is_recording() else None
         try:
-            result = _side_by_side(one, arguments)
+            with strays or contextlib.nullcontext():
+                result = _side_by_side(one, arguments)
         except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
             if self._batching == "vmap" or is_users_own(error):
                 raise
@@ -114,9 +118,7 @@ class TaskFunction:
         else:
             found = None
             if not is_recording():
-                found = before.difference(
-                    lambda: _side_by_side(one, arguments), self._settled, first=self._looks_outside
-                )
+                found = before.difference(lambda: _side_by_side(one, arguments), self._settled, strays)
                 self._looks_outside = False
             if found is None:
                 return result
@@ -160,12 +162,25 @@ class TaskFunction:
 
     def _loop(self, one: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
         leaves, structure = pytree.tree_flatten(arguments)
-        # Embeddings with max_norm write to their weight, which torch allows for the views of select alone; the backward
-        # pass of unbind is the cheaper one.
-        writes = any(getattr(module, "max_norm", None) is not None for module in self.module.modules())
-        cut = [[leaf.select(0, i) for i in range(len(leaf))] if writes else leaf.unbind(0) for leaf in leaves]
-        results = [one(*pytree.tree_unflatten(list(task), structure)) for task in zip(*cut, strict=True)]
+        tasks = zip(*(leaf.unbind(0) for leaf in leaves), strict=True)
+        written = [name for name in self._written_weights() if name in arguments[0]]
+        results = []
+        for number, task in enumerate(tasks):
+            own, *others = pytree.tree_unflatten(list(task), structure)
+            # Not views, which would lose their graph with the write.
+            copies = {name: own[name].clone() for name in written}
+            results.append(one({**own, **copies}, *others))
+            for name, copy in copies.items():
+                arguments[0][name].data[number].copy_(copy.detach())
         return stacked(results)
+
+    def _written_weights(self) -> list[str]:
+        """Parameters that the forward writes to: those of embeddings with ``max_norm``."""
+        return [
+            f"{name}.weight".removeprefix(self._prefix) if name else "weight"
+            for name, module in self.module.named_modules()
+            if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None
+        ]
 
     def _hook_reason(self) -> str | None:
         if not torch.is_grad_enabled():
