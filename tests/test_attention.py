@@ -528,7 +528,8 @@ def tensors(*shapes, dtype=torch.float32):
         ((1, *tensors((2, 4), (2, 4))), {}, TypeError, "query: expected a tensor, got int"),
         (tensors((4,), (4,), (4,)), {}, ValueError, r"query: expected at least 2 dimensions .* got shape \(4,\)"),
         (tensors((2, 4), (2, 4), (2, 4), dtype=torch.int64), {}, TypeError, "query: expected a floating dtype"),
-        (tensors((1, 2, 4), (2, 4), (1, 2, 4)), {}, ValueError, "key: expected query's 3 dimensions"),
+        (tensors((2, 4), (2, 4), (2, 4)), {"enable_gqa": True}, ValueError, "query: expected at least 3 dimensions"),
+        (tensors((4, 2, 4), (2, 4), (2, 4)), {"enable_gqa": True}, ValueError, "key: expected at least 3 dimensions"),
         (
             (*tensors((2, 4), (2, 4)), torch.zeros(2, 4, dtype=torch.float64)),
             {},
@@ -546,7 +547,15 @@ def tensors(*shapes, dtype=torch.float32):
         (tensors((2, 4), (3, 4), (2, 4)), {}, ValueError, "value: expected key's length 3"),
         (tensors((4, 2, 4), (2, 2, 4), (2, 2, 4)), {}, ValueError, "key: expected query's 4 heads"),
         (tensors((4, 2, 4), (3, 2, 4), (3, 2, 4)), {"enable_gqa": True}, ValueError, "divides query's 4"),
-        (tensors((4, 2, 4), (2, 2, 4), (4, 2, 4)), {"enable_gqa": True}, ValueError, "value: expected key's 2 heads"),
+        (
+            tensors((4, 2, 4), (2, 2, 4), (3, 2, 4)),
+            {"enable_gqa": True},
+            ValueError,
+            "value: expected a number of heads",
+        ),
+        (tensors((1, 2, 4), (4, 2, 4), (4, 2, 4)), {"enable_gqa": True}, ValueError, "key: expected a number of heads"),
+        (tensors((1, 2, 4), (4, 2, 4), (2, 2, 4)), {}, ValueError, "value: expected query's 1 heads"),
+        (tensors((2, 1, 2, 4), (2, 4), (3, 1, 2, 4)), {}, ValueError, "value: expected leading dimensions"),
         (tensors((2, 1, 2, 4), (3, 1, 2, 4), (2, 1, 2, 4)), {}, ValueError, "key: expected leading dimensions"),
         (
             tensors((2, 4), (3, 4), (3, 4)),

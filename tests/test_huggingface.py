@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import plain_loop
 import pytest
 import torch
 from torch.func import functional_call, grad, vmap
@@ -190,3 +191,26 @@ def test_attention_weights_are_not_given_in_silence(name, caplog, generator):
     assert record.getMessage().startswith(
         "output_attentions=True: the attention implementation 'metafast' computes no attention weights, and gives none; "
     )
+
+
+def test_falcon_with_one_head_of_keys_under_maml(generator):
+    """By its own sdpa, which leaves the broadcasting to torch's attention."""
+    config = transformers.FalconConfig(
+        hidden_size=16, num_attention_heads=4, num_hidden_layers=2, ffn_hidden_size=24, vocab_size=30,
+        multi_query=True, new_decoder_architecture=False, hidden_dropout=0.0, attention_dropout=0.0, use_cache=False,
+    )  # fmt: skip
+    model = transformers.FalconModel(config).double()
+    model.set_attn_implementation("sdpa")
+
+    def loss_fn(net, ids):
+        return net(ids).last_hidden_state.pow(3).mean()
+
+    support, query = (torch.randint(0, 30, (2, n, 7), generator=generator) for n in (3, 2))
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = plain_loop.query_losses(model, loss_fn, support, query, 2, 0.1).mean()
+        gradients = plain_loop.gradients(expected, model.parameters())
+    for batching in ("auto", "loop"):
+        meta = metafast.MAML(model, loss_fn, inner=metafast.inner.SGD(lr=0.1), steps=2, task_batching=batching)
+        loss, found = plain_loop.meta_gradients(meta, support, query)
+        assert relative_error(loss, expected) < 1e-12
+        assert plain_loop.distance(found, gradients) < 1e-9

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from metafast.backend import constant_when_compiled, resolve_backend
 from metafast.ops.attention import autograd, reference
+from metafast.ops.attention.shapes import aligned
 from metafast.ops.attention.validation import WindowSize, check_arguments, checked_window, reasons_against_fused
 
 _LAST_SEED = 2**63 - 1
@@ -34,8 +35,9 @@ def scaled_dot_product_attention(
 
     Args:
         query: ``[..., Hq, Nq, D]``, floating.
-        key: ``[..., Hk, Nk, D]``, same dtype and device; leading dimensions broadcast.
-        value: ``[..., Hk, Nk, Dv]``; ``Dv`` may differ from ``D``.
+        key: ``[..., Hk, Nk, D]``, same dtype and device. All but the last two dimensions broadcast with query's and value's:
+            heads may be one beside many, and dimensions may be missing.
+        value: ``[..., Hv, Nk, Dv]``; ``Dv`` may differ from ``D``.
         attn_mask: broadcastable to ``[..., Hq, Nq, Nk]``: boolean, True where attention is allowed, or floating, added to
             the scores and differentiable. A row that may attend to nothing gives zeros.
         dropout_p: probability of dropping an attention weight; applied whenever positive, as torch's op does. The weights
@@ -43,13 +45,14 @@ def scaled_dot_product_attention(
             leading dimensions: the same in every pass, on every backend, and again after ``torch.manual_seed``.
         is_causal: row i attends to columns j ≤ i (aligned at the top left), besides what ``attn_mask`` allows.
         scale: factor of the scores, ``1 / sqrt(D)`` where None.
-        enable_gqa: allow ``Hk`` to be a divisor of ``Hq``; query head h then reads key head ``h // (Hq // Hk)``.
+        enable_gqa: ``Hk`` and ``Hv`` may be any divisors of ``Hq``; query head h then reads key head ``h // (Hq // Hk)`` and
+            value head ``h // (Hq // Hv)``. All have that dimension.
         window_size: ``(left, right)``: row i attends to columns i − left ≤ j ≤ i + right only; None or −1 in it means no
             limit on that side.
         backend: ``"auto"``, ``"fused"`` or ``"reference"``; None takes :class:`metafast.use_backend`'s choice.
 
     Returns:
-        ``[..., Hq, Nq, Dv]`` in query's dtype.
+        ``[..., H, Nq, Dv]`` in query's dtype, where H is ``Hq``, or what the heads broadcast to.
 
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.
@@ -66,33 +69,18 @@ def scaled_dot_product_attention(
         attn_mask = attn_mask.to(query.dtype)
     reasons = reasons_against_fused(query, value)
     fused = resolve_backend("scaled_dot_product_attention", backend, reasons) == "fused"
-    if query.ndim == 2:
-        query, key, value = query[None], key[None], value[None]
-        return _attention(fused, query, key, value, attn_mask, left, right, dropout_p, scale)[0]
-    return _attention(fused, query, key, value, attn_mask, left, right, dropout_p, scale)
-
-
-def _attention(
-    fused: bool,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    left: int,
-    right: int,
-    dropout_p: float,
-    scale: float,
-) -> Tensor:
-    lead = query.shape[:-3]
-    if key.shape[:-3] != lead or value.shape[:-3] != lead:
-        lead = torch.broadcast_shapes(lead, key.shape[:-3], value.shape[:-3])
-        query, key, value = (x.expand(*lead, *x.shape[-3:]) for x in (query, key, value))
+    matrices = query.ndim == key.ndim == value.ndim == 2
+    query, key, value = aligned(query, key, value, enable_gqa)
     if attn_mask is not None:
         # Its broadcast dimensions stay of size 1: so does its gradient.
         attn_mask = attn_mask.reshape((1,) * (query.ndim - attn_mask.ndim) + attn_mask.shape)
+    lead = query.shape[:-3]
+    if query.shape[-3] == 0:
+        return (query.sum() + key.sum() + value.sum()).expand(*query.shape[:-1], value.shape[-1])
     seeds = torch.randint(_LAST_SEED, lead, device=query.device) if dropout_p > 0.0 else None
     function = autograd.attention if fused else reference.attention
-    return function(query, key, value, attn_mask, seeds, left, right, dropout_p, scale)
+    out = function(query, key, value, attn_mask, seeds, left, right, dropout_p, scale)
+    return out[0] if matrices else out
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -43,16 +43,18 @@ def check_arguments(
             raise TypeError(f"{name}: expected query's dtype {query.dtype}, got {tensor.dtype}")
         if tensor.device != query.device:
             raise ValueError(f"{name}: expected query's device {query.device}, got {tensor.device}")
-        if tensor.ndim != query.ndim:
-            raise ValueError(f"{name}: expected query's {query.ndim} dimensions, got shape {_shape(tensor)}")
+        if enable_gqa and tensor.ndim < 3:
+            raise ValueError(
+                f"{name}: expected at least 3 dimensions [..., heads, length, head_dim] with enable_gqa=True, got shape "
+                f"{_shape(tensor)}"
+            )
     if query.shape[-1] == 0:
         raise ValueError(f"query: expected a head dimension of at least 1, got shape {_shape(query)}")
     if key.shape[-1] != query.shape[-1]:
         raise ValueError(f"key: expected query's head dimension {query.shape[-1]}, got shape {_shape(key)}")
     if value.shape[-2] != key.shape[-2]:
         raise ValueError(f"value: expected key's length {key.shape[-2]}, got shape {_shape(value)}")
-    if query.ndim > 2:
-        _check_heads(query, key, value, enable_gqa)
+    _check_heads(query, key, value, enable_gqa)
     if attn_mask is not None:
         _check_mask(query, key, attn_mask)
     if not 0.0 <= dropout_p < 1.0:
@@ -60,24 +62,31 @@ def check_arguments(
 
 
 def _check_heads(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
-    for name, tensor in (("key", key), ("value", value)):
+    heads = _heads(query)
+    for name, tensor, others in (("key", key, (query,)), ("value", value, (query, key))):
+        own = _heads(tensor)
+        if enable_gqa:
+            if own == 0 or heads % own:
+                raise ValueError(
+                    f"{name}: expected a number of heads that divides query's {heads}, got shape {_shape(tensor)}"
+                )
+        elif own != 1 and any(_heads(other) not in (1, own) for other in others):
+            raise ValueError(
+                f"{name}: expected query's {heads} heads (dimension -3) or one, unless enable_gqa=True, got shape "
+                f"{_shape(tensor)}"
+            )
         try:
-            torch.broadcast_shapes(query.shape[:-3], tensor.shape[:-3])
+            torch.broadcast_shapes(*(x.shape[:-3] for x in (tensor, *others)))
         except RuntimeError:
             raise ValueError(
-                f"{name}: expected leading dimensions that broadcast with query's {_shape(query)}, got {_shape(tensor)}"
+                f"{name}: expected leading dimensions that broadcast with "
+                + " and ".join(f"{of}'s {_shape(x)}" for of, x in zip(("query", "key"), others, strict=False))
+                + f", got {_shape(tensor)}"
             ) from None
-    heads, key_heads = query.shape[-3], key.shape[-3]
-    if value.shape[-3] != key_heads:
-        raise ValueError(f"value: expected key's {key_heads} heads (dimension -3), got shape {_shape(value)}")
-    if heads == key_heads:
-        return
-    if not enable_gqa:
-        raise ValueError(
-            f"key: expected query's {heads} heads (dimension -3) unless enable_gqa=True, got shape {_shape(key)}"
-        )
-    if key_heads == 0 or heads % key_heads:
-        raise ValueError(f"key: expected a number of heads that divides query's {heads}, got shape {_shape(key)}")
+
+
+def _heads(tensor: Tensor) -> int:
+    return tensor.shape[-3] if tensor.ndim > 2 else 1
 
 
 def _check_mask(query: Tensor, key: Tensor, attn_mask: Tensor) -> None:
@@ -87,8 +96,9 @@ def _check_mask(query: Tensor, key: Tensor, attn_mask: Tensor) -> None:
         raise TypeError(f"attn_mask: expected dtype torch.bool or a floating dtype, got {attn_mask.dtype}")
     if attn_mask.device != query.device:
         raise ValueError(f"attn_mask: expected query's device {query.device}, got {attn_mask.device}")
-    lead = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3])
-    full = (*lead, *query.shape[-3:-1], key.shape[-2])
+    # Of the scores: what values are broadcast to comes after.
+    heads = () if query.ndim == key.ndim == 2 else (_heads(query) if _heads(query) != 1 else _heads(key),)
+    full = (*torch.broadcast_shapes(query.shape[:-3], key.shape[:-3]), *heads, query.shape[-2], key.shape[-2])
     try:
         fits = torch.broadcast_shapes(attn_mask.shape, full) == torch.Size(full)
     except RuntimeError:
