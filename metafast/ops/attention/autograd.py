@@ -3,7 +3,8 @@
 ``Attention`` is differentiated by ``AttentionBackward`` and ``AttentionJvp``, and each of these by
 ``AttentionBackwardJvp``: the double backward of attention is the JVP of its backward in the direction of the incoming
 cotangents (README.md). ``out`` and ``statistics`` are handed on as saved numbers; derivatives by query, key, value and an
-additive mask are total ones, through both. The third derivative raises.
+additive mask are total ones, through both. ``AttentionBackwardJvp`` is linear in its tangents, and differentiable by them;
+the third derivative raises.
 
 Plain Functions compose under ``torch.func`` where ops with ``register_autograd`` do not (a ``jvp`` of those is silently
 zero), and inside ``torch.compile`` it is the other way round; so compiled code gets the op itself.
@@ -241,11 +242,29 @@ class AttentionBackwardJvp(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
+        *ctx.numbers, ctx.by_mask = inputs[13:]
+        ctx.is_tensor = [isinstance(value, Tensor) for value in inputs]
+        ctx.save_for_backward(*inputs[:6], *inputs[11:13])
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> NoReturn:
-        _raise_third_order()
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        # Linear in the tangents, and symmetric: their gradients are the same pass in the direction of the cotangents.
+        if any(_is_wanted(ctx, position) for position in (*range(4), 11)):
+            _raise_third_order()
+        *saved, attn_mask, seeds = ctx.saved_tensors
+        grad_out, query, key, value, *grad_mask = grads
+        directions = (query, key, value, grad_mask[0] if ctx.by_mask else None, grad_out)
+        by_mask = ctx.is_tensor[9]
+        by_grad_out, *by_tangents = AttentionBackwardJvp.apply(
+            *saved, *directions, attn_mask, seeds, *ctx.numbers, by_mask
+        )
+        return (
+            *(None,) * 6,
+            *by_tangents[:3],
+            by_tangents[3] if by_mask else None,
+            by_grad_out if ctx.is_tensor[10] else None,
+            *(None,) * 7,
+        )
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> NoReturn:
@@ -261,6 +280,18 @@ def _raise_third_order() -> NoReturn:
     raise NotImplementedError(
         'metafast attention: the fused path is differentiable twice; for a third derivative use backend="reference"'
     )
+
+
+def _is_wanted(ctx: Any, position: int) -> bool:
+    """Whether this backward pass asks for the gradient by an input: ``needs_input_grad`` tells only whether one might."""
+    if not ctx.needs_input_grad[position]:
+        return False
+    node = ctx.next_functions[sum(ctx.is_tensor[:position])][0]
+    try:
+        return node is not None and torch._C._will_engine_execute_node(node)
+    except RuntimeError:
+        # Torch does not say so of a leaf that autograd.grad is asked for.
+        return True
 
 
 def _saved_as_numbers(ctx: Any) -> tuple[Tensor | None, ...]:

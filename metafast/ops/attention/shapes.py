@@ -11,7 +11,8 @@ from torch import Tensor
 def aligned(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Views ``[*lead, Hq, Nq, D]``, ``[*lead, Hk, Nk, D]`` and ``[*lead, Hk, Nk, Dv]`` of checked tensors.
 
-    Query head h reads key head ``h // (Hq // Hk)``. A copy is made only where key and value have different numbers of heads, and none has one.
+    Query head h reads key head ``h // (Hq // Hk)``. A copy is made only where key and value have different numbers of heads,
+    and none has one.
     """
     ndim = max(3, query.ndim, key.ndim, value.ndim)
     query, key, value = (x if x.ndim == ndim else x[(None,) * (ndim - x.ndim)] for x in (query, key, value))
