@@ -170,7 +170,7 @@ def transforms(op, shapes):
             x[0], *(y[0] for y in x[1:])
         ),
         "vmap(grad(grad))": lambda x, t: vmap(grad(gradient_norm, indices))(*x),
-        "third": lambda x, t: grad(lambda *x: sum(g.sin().sum() for g in grad(gradient_norm, indices)(*x)), 0)(
+        "third": lambda x, t: grad(lambda *x: sum((g * 1e-4).sin().sum() for g in grad(gradient_norm, indices)(*x)), 0)(
             *(y[0] for y in x)
         ),
         "jvp": lambda x, t: jvp(loss, tuple(y[0] for y in x), tuple(y[0] for y in t)),
