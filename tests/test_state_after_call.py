@@ -303,6 +303,40 @@ def test_replays_change_buffers_and_leave_tensors(draw, kind):
         assert model.calls == plain.calls
 
 
+class Weighted:
+    """A loss with a table of its own."""
+
+    def __init__(self):
+        self.weights = None
+
+    def loss(self, model, batch):
+        if self.weights is None or len(self.weights) != len(batch):
+            self.weights = batch.new_ones(len(batch)).cumsum(0)
+        return (model(batch).square().mean(-1) * self.weights).mean()
+
+    __call__ = loss
+
+
+@pytest.mark.parametrize("capture", [False, True])
+@pytest.mark.parametrize("kind", ["object", "method", "partial"])
+def test_what_a_loss_keeps(draw, kind, capture):
+    def made():
+        loss = Weighted()
+        return {"object": loss, "method": loss.loss, "partial": functools.partial(Weighted.loss, loss)}[kind], loss
+
+    (loss, holder), (own, _) = made(), made()
+    model = Twice(twice=False).double()
+    meta = metafast.MAML(model, loss, inner=SGD(lr=RATE), steps=STEPS, capture=capture)
+    for n in (5, 5, 6):
+        support, query = draw(), draw(n)
+        found = meta_gradients(meta, support, query)
+        expected = query_losses(model, own, support, query, STEPS, RATE).mean()
+        torch.testing.assert_close(found[0], expected.detach())
+        torch.testing.assert_close(found[1], list(gradients(expected, model.parameters())))
+        assert is_ordinary(holder.weights)
+        assert holder.weights.shape == (n,)
+
+
 def test_weight_norm_by_hooks(draw):
     """It sets the weight as an attribute before each forward."""
     with warnings.catch_warnings():

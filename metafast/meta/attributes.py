@@ -21,8 +21,9 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.
 _LEAVES = frozenset((*_PLAIN, Tensor, nn.Parameter))
 _CONTAINERS = (dict, list, deque, set)
 _DEPTH = 4
-# Longer ones are data, not a model's state.
+# What is longer, or more, is data and not a model's state.
 _LONGEST = 1000
+_MOST = 5000
 # Whose objects a model may hold for other reasons than to compute with them.
 _FOREIGN = ("torch", "lightning", "pytorch_lightning", "metafast")
 
@@ -56,6 +57,7 @@ class Attributes:
         # (path, holder, copy); for members, entries that were there already do not count.
         self._kept: list[tuple[str, Any, Any, bool]] = []
         self._seen: set[int] = set()
+        self._left = _MOST
         for root in roots:
             self._keep("", root, _DEPTH)
 
@@ -104,6 +106,9 @@ class Attributes:
 
     def _keep(self, path: str, value: Any, depth: int) -> None:
         if type(value) in _LEAVES or isinstance(value, (type, Tensor)) or not depth or id(value) in self._seen:
+            return
+        self._left -= 1
+        if self._left < 0:
             return
         self._seen.add(id(value))
         if isinstance(value, nn.Module):

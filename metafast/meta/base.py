@@ -86,8 +86,10 @@ class MetaLearner(nn.Module):
         checkpoint: for ``order=2``, rebuild each inner step's graph in the backward pass instead of keeping all: the
             memory of one step for about a third more arithmetic; the same gradient. ``"auto"`` rebuilds where kept graphs
             would take more than half of the free memory, and logs what it found.
-        task_batching: ``"vmap"``, ``"loop"`` (one task after another) or ``"auto"`` (vmap unless the model does not run
-            under it; the reason is logged).
+        task_batching: ``"vmap"``, ``"loop"`` (one task after another) or ``"auto"``: vmap unless the model does not run
+            under it, has backward hooks, or keeps something of each call that vmap would leave otherwise than a loop over
+            tasks does; the reason is logged. Where the model's outputs depend on what its calls before left (a counter, a
+            carried state), ``tasks_per_chunk`` becomes 1, so that calls come in the order of a plain loop.
         adapt_parameters: which parameters the inner loop adapts: name patterns such as ``"head.*"``, or
             ``predicate(name, parameter)``; None: all. They are chosen now; what is frozen later is adapted no longer. The
             others are neither copied for the tasks nor differentiated in the inner loop, and still get their exact
