@@ -6,7 +6,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 CSRC := $(shell find csrc -type f) setup.py pyproject.toml
 
-.PHONY: install demo test lint format bench sanitize gpu-check gpu-bench clean
+.PHONY: install demo test fuzz lint format bench sanitize gpu-check gpu-bench clean
 
 install: $(VENV)/.installed
 
@@ -25,6 +25,12 @@ demo: install
 # A process a core, each with one thread: threads of several processes would only wait for each other.
 test: install
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto
+
+# Random learners and ops in their thousands, and all of torch's databases of modules and functions: hours of one core.
+EXAMPLES ?= 5000
+fuzz: install
+	METAFAST_FUZZ_EXAMPLES=$(EXAMPLES) METAFAST_FULL=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto \
+	  tests/test_fuzz.py tests/test_torch_functions.py tests/test_torch_modules.py
 
 lint: install
 	$(RUN) -m ruff check .
