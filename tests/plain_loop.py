@@ -9,7 +9,7 @@ from torch.utils import _pytree as pytree
 
 def at(model, params):
     """The model as a function of its inputs, with these parameters."""
-    return lambda *inputs: functional_call(model, params, inputs)
+    return lambda *inputs, **named: functional_call(model, params, inputs, named)
 
 
 def task(batch, index):

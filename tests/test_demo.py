@@ -13,7 +13,6 @@ import pytest
 import torch
 
 import metafast
-from metafast import backend
 from metafast.__main__ import main
 from metafast.demo import training
 from metafast.demo.adapt import adapt
@@ -327,7 +326,7 @@ def test_wrong_options_leave_an_earlier_run_alone(folder, languages, texts, monk
     untrained(folder, settings)
     before = contents(folder.path)
     monkeypatch.setattr(Languages, "load", lambda length: languages)
-    monkeypatch.setattr(backend, "extension_problem", lambda: "no extension here")
+    monkeypatch.setattr("metafast.backend.extension_problem", lambda: "no extension here")
     given = {"--ways": "3", "--shots": "2", "--steps": "2", "--iterations": "6", "--backend": "reference"}
     command = [part for name, value in given.items() if name not in options for part in (name, value)]
     assert main(["demo", "--out", str(folder.path), *command, *options]) == 1
