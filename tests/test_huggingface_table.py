@@ -169,7 +169,7 @@ REASONS = {
         "the model takes no attention but its own, whose mask code asks whether anything is padded. Sort the padding out "
         "before, so that no mask is needed, or let it be: the numbers are right, at the speed of a loop.",
     ),
-    r"output dynamic shape": (
+    r"output dynamic shape|aten\.nonzero": (
         "counts tokens",
         "a mixture of experts gathers the tokens of each expert, as many as there are. "
         '`model.set_experts_implementation("batched_mm")` computes the same in fixed shapes.',

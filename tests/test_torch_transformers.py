@@ -247,4 +247,5 @@ def test_a_mode_that_overrides_functions_leaves_ours_on(way, generator, monkeypa
     else:
         with torch.device("cpu"):
             meta(x, x)
-    assert len(calls) == 2
+    # A recording has an ordinary forward before it.
+    assert len(calls) == (3 if way == "capture" else 2)

@@ -70,8 +70,10 @@ class Buffers:
     """The buffers of a model (running statistics of batch norm, say) as they are now."""
 
     def __init__(self, model: nn.Module) -> None:
+        # One that several modules hold is one here, too.
+        values: dict[int, Tensor] = {}
         self._kept: list[tuple[str, nn.Module, str, Tensor, int, Tensor]] = [
-            (f"{path}.{name}" if path else name, module, name, buffer, buffer._version, buffer.detach().clone())
+            (f"{path}.{name}" if path else name, module, name, buffer, buffer._version, _copied(buffer, values))
             for path, module in model.named_modules()
             for name, buffer in module._buffers.items()
             if buffer is not None
@@ -105,13 +107,20 @@ class Buffers:
     def scratch(self) -> Iterator[None]:
         """The earlier values stand in for the buffers, which are not touched."""
         now = [(module, name, module._buffers[name]) for _, module, name, *_ in self._kept]
+        values: dict[int, Tensor] = {}
         for _, module, name, _, _, value in self._kept:
-            module._buffers[name] = value.clone()
+            module._buffers[name] = _copied(value, values)
         try:
             yield
         finally:
             for module, name, buffer in now:
                 module._buffers[name] = buffer
+
+
+def _copied(tensor: Tensor, copies: dict[int, Tensor]) -> Tensor:
+    if id(tensor) not in copies:
+        copies[id(tensor)] = tensor.detach().clone()
+    return copies[id(tensor)]
 
 
 def may_have_changed(now: Tensor | None, before: Tensor, version: int) -> bool:
