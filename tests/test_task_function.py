@@ -230,3 +230,12 @@ def test_outputs_of_other_shapes(draw):
     learners = meta.adapt(x)
     with pytest.raises(ValueError, match=r"outputs: expected the same shapes for every task, got \(3, 4\) for task 1"):
         learners(x)
+
+
+@pytest.mark.parametrize("task_batching", ["auto", "loop"])
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_max_norm_in_rebuilt_steps(generator, task_batching):
+    ids, query = (torch.randint(9, (TASKS, 5), generator=generator) for _ in range(2))
+    model = nn.Sequential(nn.Embedding(9, 4, max_norm=0.7), nn.Linear(4, 3))
+    meta = learner(model, checkpoint=True, task_batching=task_batching)
+    compare(meta, ids, query)

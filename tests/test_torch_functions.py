@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.utils import _pytree as pytree
 
-from metafast.meta.tasks import TaskFunction
+from metafast.meta.task_function import TaskFunction
 
 FULL = os.environ.get("METAFAST_FULL") == "1"
 TASKS = 3

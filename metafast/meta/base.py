@@ -239,16 +239,17 @@ class MetaLearner(nn.Module):
         def computed() -> tuple[Params, Tensor]:
             size = self.tasks_per_chunk or tasks
             chunks = [slice(first, first + size) for first in range(0, tasks, size)]
-            found = [
-                self._computed(f"adapt {steps}", adapted, select_tasks(support, chunk), update_buffers=False)
-                for chunk in chunks
-            ]
+            found = []
+            for chunk in chunks:
+                with Buffers(self.model).scratch():
+                    part = select_tasks(support, chunk)
+                    found.append(self._computed(f"adapt {steps}", adapted, part, update_buffers=False))
             if len(found) == 1:
                 return found[0]
             params = {name: torch.cat([part.params[name] for part in found]) for name in found[0].params}
             return params, torch.cat([part.losses for part in found], dim=1)
 
-        with torch.no_grad(), Buffers(self.model).scratch():
+        with torch.no_grad():
             params, losses = self._in_order(computed)
         check_finite(losses, None)
         # The parameters themselves, of which a replay would give copies.
