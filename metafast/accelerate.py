@@ -9,6 +9,9 @@ Two names are not an op's. Torch's Transformer modules ask for leave to take ker
 nothing that requires one, as under ``vmap``: here they do not get it. And they look into a mask for whether it is causal,
 which a mask of each task's own, or one that is being recorded, does not allow: they are told what the caller
 said, and add it.
+
+Torch's batching rules are wrong for some functions where derivatives are taken outside of ``vmap`` (``ops/batching``): what
+stands in for them is put in as functions of ``torch`` and as methods of ``torch.Tensor``.
 """
 
 from __future__ import annotations
@@ -24,7 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from metafast.ops.attention import scaled_dot_product_attention
-from metafast.ops.embedding import embedding
+from metafast.ops.batching import FUNCTIONS, METHODS
+from metafast.ops.embedding import embedding, embedding_bag
 from metafast.ops.gelu import gelu
 from metafast.ops.layer_norm import layer_norm
 from metafast.ops.linear import linear
@@ -36,6 +40,7 @@ __all__ = ["Acceleration", "accelerate"]
 _torch_attention = torch.nn.functional.scaled_dot_product_attention
 _torch_linear = torch.nn.functional.linear
 _torch_embedding = torch.embedding
+_torch_embedding_bag = torch.embedding_bag
 _torch_fastpath = torch.backends.mha.get_fastpath_enabled
 _torch_is_causal = torch.nn.modules.transformer._detect_is_causal_mask
 # Where torch's own modules look names up.
@@ -70,6 +75,24 @@ def _embedding(weight: Tensor, indices: Tensor, *args: Any, **kwargs: Any) -> Te
     if _is_torchs(weight, indices):
         return _torch_embedding(weight, indices, *args, **kwargs)
     return embedding(weight, indices, *args, **kwargs)
+
+
+def _embedding_bag(weight: Tensor, indices: Tensor, *args: Any, **kwargs: Any) -> Any:
+    if _is_torchs(weight, indices):
+        return _torch_embedding_bag(weight, indices, *args, **kwargs)
+    return embedding_bag(weight, indices, *args, **kwargs)
+
+
+def _batched(original: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
+    """What stands in for a function whose batching rule is wrong for some arguments."""
+
+    def function(input: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(input, Tensor) or _is_torchs(input):
+            return original(input, *args, **kwargs)
+        result = ours(input, *args, **kwargs)
+        return original(input, *args, **kwargs) if result is NotImplemented else result
+
+    return function
 
 
 def _of_input(original: Callable[..., Tensor], ours: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -121,10 +144,20 @@ _REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
         )
     },
     _torch_embedding: _embedding,
+    _torch_embedding_bag: _embedding_bag,
+    **{original: _batched(original, ours) for original, ours in FUNCTIONS.items()},
     _torch_fastpath: _fastpath_enabled,
     _torch_is_causal: _is_causal,
 }
 _ORIGINALS = {replacement: original for original, replacement in _REPLACEMENTS.items()}
+
+# The class of tensors counts as a module of this name.
+_TENSOR = "torch.Tensor"
+_METHODS = {
+    (_TENSOR, name, getattr(Tensor, name)): _batched(getattr(Tensor, name), ours) for name, ours in METHODS.items()
+}
+# Those that it defines, and does not inherit.
+_OWN_METHODS = frozenset(vars(Tensor))
 
 # (module name, attribute, torch's function).
 Names = list[tuple[str, str, Callable[..., Any]]]
@@ -141,14 +174,18 @@ def replaced_names(model: nn.Module) -> Names:
                 original = _ORIGINALS.get(value, value)
                 if original in _REPLACEMENTS:
                     found.append((name, key, original))
-    return found
+    return [*found, *_METHODS]
 
 
 def _replace(names: Names) -> None:
     with _lock:
         for name in names:
             _users[name] = _users.get(name, 0) + 1
-            if _users[name] == 1:
+            if _users[name] > 1:
+                continue
+            if name[0] == _TENSOR:
+                setattr(Tensor, name[1], _METHODS[name])
+            else:
                 setattr(sys.modules[name[0]], name[1], _REPLACEMENTS[name[2]])
 
 
@@ -158,7 +195,12 @@ def _restore(names: Names) -> None:
             _users[name] -= 1
             if _users[name] == 0:
                 del _users[name]
-                setattr(sys.modules[name[0]], name[1], name[2])
+                if name[0] != _TENSOR:
+                    setattr(sys.modules[name[0]], name[1], name[2])
+                elif name[1] in _OWN_METHODS:
+                    setattr(Tensor, name[1], name[2])
+                else:
+                    delattr(Tensor, name[1])
 
 
 class Acceleration:

@@ -26,6 +26,8 @@ from huggingface_models import CASES, add_lora, build, examples, float64_through
 from metafast.integrations import huggingface  # noqa: E402
 
 pytestmark = [
+    # Torch has no batching rule for some op, and runs a loop of its own.
+    pytest.mark.filterwarnings("ignore:There is a performance drop"),
     pytest.mark.usefixtures("fused_cpu"),
     pytest.mark.filterwarnings("ignore::FutureWarning:transformers", "ignore::DeprecationWarning:transformers"),
 ]

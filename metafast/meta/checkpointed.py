@@ -56,7 +56,7 @@ class _Checkpointed(Function):
     def forward(ctx: Any, call: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.call = call
         ctx.surroundings = Surroundings(tensors[0].device, call.model)
-        # A forward that writes to a parameter (an embedding with max_norm) makes rows shorter that it reads again in a rebuilt
+        # A forward that writes to a parameter (an embedding with max_norm) shortens rows that it reads again in a rebuilt
         # step, where it would do the same: that they have changed is no error.
         writes = any(getattr(module, "max_norm", None) is not None for module in call.model.modules())
         ctx.save_for_backward(*(tensor.data if writes else tensor for tensor in tensors))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from metafast.meta.state_after_call import StateBefore
 from metafast.meta.strays import BatchedStrays
 from metafast.meta.tasks import LossFn, Params
 from metafast.meta.vmap_errors import is_users_own
+from metafast.ops.batching import OwnMemoryNeededError, views_of_tasks
 from metafast.program import is_recording
 
 logger = logging.getLogger("metafast")
@@ -67,6 +68,7 @@ class TaskFunction:
         self._settled: set[str] = set()
         self._looks_outside = True
         self._order_is_free = False
+        self._in_own_memory = False
 
     def __call__(
         self,
@@ -161,8 +163,17 @@ class TaskFunction:
             return self.module(*inputs, **options)
 
     def _loop(self, one: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+        if not self._in_own_memory:
+            try:
+                with views_of_tasks():
+                    return self._loop_over(one, arguments)
+            except OwnMemoryNeededError:
+                self._in_own_memory = True
+        return self._loop_over(one, arguments)
+
+    def _loop_over(self, one: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
         leaves, structure = pytree.tree_flatten(arguments)
-        tasks = zip(*(leaf.unbind(0) for leaf in leaves), strict=True)
+        tasks = zip(*(self._tasks_of(leaf) for leaf in leaves), strict=True)
         written = [name for name in self._written_weights() if name in arguments[0]]
         results = []
         for number, task in enumerate(tasks):
@@ -173,6 +184,10 @@ class TaskFunction:
             for name, copy in copies.items():
                 arguments[0][name].data[number].copy_(copy.detach())
         return stacked(results)
+
+    def _tasks_of(self, leaf: Tensor) -> Sequence[Tensor]:
+        parts = leaf.unbind(0)
+        return [part.clone() for part in parts] if self._in_own_memory else parts
 
     def _written_weights(self) -> list[str]:
         """Parameters that the forward writes to: those of embeddings with ``max_norm``."""

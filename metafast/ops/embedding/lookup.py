@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 _torch_embedding = torch.embedding
+_torch_embedding_bag = torch.embedding_bag
 
 
 def embedding(
@@ -34,3 +37,24 @@ def embedding(
     if padding_idx < 0:
         return rows
     return torch.where((indices == padding_idx).unsqueeze(-1), rows.detach(), rows)
+
+
+def embedding_bag(
+    weight: Tensor,
+    indices: Tensor,
+    offsets: Tensor,
+    scale_grad_by_freq: bool = False,
+    mode: int = 0,
+    sparse: bool = False,
+    *others: Any,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``torch.embedding_bag``, with a dense gradient for a table that is computed from others, or that a transform holds.
+
+    Args:
+        weight: ``[V, D]``, floating.
+        indices, offsets, scale_grad_by_freq, mode, others, options: as torch takes them.
+        sparse: give a sparse gradient to a table that is a leaf.
+    """
+    sparse = sparse and weight.is_leaf and not torch._C._are_functorch_transforms_active()
+    return _torch_embedding_bag(weight, indices, offsets, scale_grad_by_freq, mode, sparse, *others, **options)
