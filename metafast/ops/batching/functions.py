@@ -38,8 +38,9 @@ def _index_fill(input: Tensor, dim: int, index: Tensor, value: Any) -> Any:
     if input.ndim == 0:
         return _index_fill(input.reshape(1), 0, index, value).reshape(())
     size = input.shape[dim]
-    rows = torch.arange(size, device=input.device)
-    named = (index.reshape(-1, 1) % size == rows).any(0)
+    # Torch's own error for an index that is out of bounds; with a number its rule is right.
+    torch.index_fill(input.detach(), dim, index, 0)
+    named = (index.reshape(-1, 1) == torch.arange(size, device=input.device)).any(0)
     return torch.where(named.reshape(size, *(1,) * (input.ndim - 1 - dim % input.ndim)), value.to(input.dtype), input)
 
 
