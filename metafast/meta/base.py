@@ -204,7 +204,7 @@ class MetaLearner(nn.Module):
         """
         if torch.is_inference_mode_enabled():
             with outside_inference_mode():
-                return self(support, query, task_weights)
+                return self.forward(support, query, task_weights)
         support, query = usable(support), usable(query)
         device = self.device
         ranks = Ranks(self.reduction, device)
