@@ -153,7 +153,8 @@ def test_random_learners_are_the_plain_loop(data):
                 found_loss, found, found_buffers = outcome(meta, (support, query), weights)
             except NotRecordableError as error:
                 # Of all that is drawn, a bound of norms alone, which writes to a parameter.
-                assert "the forward writes to the parameter" in str(error), error
+                if "the forward writes to the parameter" not in str(error):
+                    raise
                 return
             problem = (
                 difference({"": found_loss}, {"": loss}, "loss")
