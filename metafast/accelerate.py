@@ -174,12 +174,12 @@ def replaced_names(model: nn.Module) -> Names:
                 original = _ORIGINALS.get(value, value)
                 if original in _REPLACEMENTS:
                     found.append((name, key, original))
-    return [*found, *_METHODS]
+    return found
 
 
 def _replace(names: Names) -> None:
     with _lock:
-        for name in names:
+        for name in (*names, *_METHODS):
             _users[name] = _users.get(name, 0) + 1
             if _users[name] > 1:
                 continue
@@ -191,7 +191,7 @@ def _replace(names: Names) -> None:
 
 def _restore(names: Names) -> None:
     with _lock:
-        for name in names:
+        for name in (*names, *_METHODS):
             _users[name] -= 1
             if _users[name] == 0:
                 del _users[name]

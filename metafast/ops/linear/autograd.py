@@ -27,7 +27,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         ``[*, out]``.
     """
-    if weight.ndim != 2 or is_forward_over_forward():
+    # Derivatives of complex numbers are conjugated, which ours are not.
+    if weight.ndim != 2 or weight.is_complex() or input.is_complex() or is_forward_over_forward():
         return _torch_linear(input, weight, bias)
     if torch._C._are_functorch_transforms_active():
         return _Linear.apply(input, weight, bias)
