@@ -122,7 +122,8 @@ def test_random_learners_are_the_plain_loop(data):
         warnings.filterwarnings("ignore", module="torch")
         meta, inputs = data.draw(learners(), label="learner")
         if isinstance(meta, metafast.Reptile) and any(getattr(m, "max_norm", None) for m in meta.model.modules()):
-            note("Reptile takes the model before a bound of norms has changed it, the plain loop after")
+            # The loss differs from the plain loop's by 2e-4 of it, and why is not known yet.
+            note("not compared: Reptile with a bound of norms")
             return
         examples, seed = data.draw(st.integers(2, 4)), data.draw(seeds)
         ignored, weighted = data.draw(st.booleans()), data.draw(st.booleans())
