@@ -239,3 +239,74 @@ def test_max_norm_in_rebuilt_steps(generator, task_batching):
     model = nn.Sequential(nn.Embedding(9, 4, max_norm=0.7), nn.Linear(4, 3))
     meta = learner(model, checkpoint=True, task_batching=task_batching)
     compare(meta, ids, query)
+
+
+class Strided(nn.Module):
+    """Looks at its weight's memory from the beginning, after a buffer has counted the call."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x):
+        self.calls += 1
+        return x @ self.weight.as_strided((4, 2), (4, 1), 1)
+
+
+def test_memory_of_its_own_leaves_buffers_as_a_plain_loop_does(draw):
+    model = Strided()
+    plain = copy.deepcopy(model).double()
+    meta = learner(model, task_batching="loop")
+    for _ in range(2):
+        compare(meta, draw(), draw(), plain)
+        assert model.calls == plain.calls
+
+
+def test_a_recording_counts_every_call_once(draw):
+    """Torch's shape functions look at memory the first time that an operation is recorded in a process."""
+    torch._subclasses.fake_tensor.FakeTensorMode.cache_clear()
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 2))
+    plain = copy.deepcopy(model).double()
+    meta = learner(model, capture=True)
+    compare(meta, draw(), draw(), plain)
+    assert model[0].num_batches_tracked == TASKS * (STEPS + 1)
+
+
+def test_learners_of_a_model_that_depends_on_its_calls(draw):
+    model = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 3)).double()
+    learners = learner(model).adapt(draw())
+    x, plain = draw(), copy.deepcopy(model)
+    with torch.no_grad():
+        expected = [
+            torch.func.functional_call(plain, {k: p[t] for k, p in learners.params.items()}, (x[t],))
+            for t in range(TASKS)
+        ]
+    torch.testing.assert_close(learners(x), torch.stack(expected))
+
+
+FIRST = {
+    "batch norm": lambda: nn.BatchNorm1d(4),
+    "group norm": lambda: nn.GroupNorm(2, 4),
+    "layer norm": lambda: nn.LayerNorm(4),
+    "without bias": lambda: nn.BatchNorm1d(4, affine=False),
+    "convolution": lambda: nn.Sequential(nn.Unflatten(1, (1, 4)), nn.Conv1d(1, 1, 1), nn.Flatten(1)),
+    "frozen": lambda: nn.BatchNorm1d(4).requires_grad_(False),
+}
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", FIRST)
+def test_captured_first_layers_whose_inputs_need_no_gradient(draw, name, training, order):
+    """Their backward passes leave a result out."""
+    model = nn.Sequential(FIRST[name](), nn.Tanh(), nn.Linear(4, 2)).double().train(training)
+    plain = copy.deepcopy(model)
+    meta = learner(model, capture=True, order=order)
+    for _ in range(2):
+        support, query = draw(), draw()
+        loss, found = meta_gradients(meta, support, query, params=[p for p in model.parameters() if p.requires_grad])
+        expected = query_losses(plain, loss_fn, support, query, STEPS, RATE, create_graph=order == 2).mean()
+        torch.testing.assert_close(loss, expected.detach(), rtol=1e-10, atol=1e-12)
+        trained = [p for p in plain.parameters() if p.requires_grad]
+        torch.testing.assert_close(found, list(gradients(expected, trained)), rtol=1e-9, atol=1e-11)

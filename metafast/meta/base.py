@@ -270,7 +270,7 @@ class MetaLearner(nn.Module):
         """What tasks compute with; some algorithms put the model into another one."""
         # Not submodules of this one: they hold the model again, under other names.
         self._losses = TaskLosses(model, self.loss_fn, task_batching)
-        self._outputs = TaskFunction(model, task_batching)
+        self._outputs = TaskFunction(model, task_batching, in_steps=False)
 
     def _learners(self, params: Params, shared: Params) -> Learners:
         return Learners(self._outputs, params, shared)

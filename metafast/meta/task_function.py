@@ -52,9 +52,12 @@ class TaskFunction:
         module: any module; a call of it gives a pytree of tensors. What else is in the pytree is the same for all tasks.
         task_batching: ``"vmap"``, ``"loop"``, or ``"auto"``: vmap unless that gives something else than the loop does.
         prefix: of the names by which parameters are given.
+        in_steps: calls of a task follow each other, with those of others between them.
     """
 
-    def __init__(self, module: nn.Module, task_batching: str = "auto", prefix: str = "") -> None:
+    def __init__(
+        self, module: nn.Module, task_batching: str = "auto", prefix: str = "", *, in_steps: bool = True
+    ) -> None:
         if task_batching not in TASK_BATCHING:
             raise ValueError(
                 f"task_batching: expected one of {', '.join(map(repr, TASK_BATCHING))}, got {task_batching!r}"
@@ -67,7 +70,8 @@ class TaskFunction:
         # Attributes that calls set to the same value again; see StateBefore.
         self._settled: set[str] = set()
         self._looks_outside = True
-        self._order_is_free = False
+        # One call per task comes in the order of a plain loop.
+        self._order_is_free = not in_steps
         self._in_own_memory = False
 
     def __call__(
@@ -163,12 +167,16 @@ class TaskFunction:
             return self.module(*inputs, **options)
 
     def _loop(self, one: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-        if not self._in_own_memory:
-            try:
-                with views_of_tasks():
-                    return self._loop_over(one, arguments)
-            except OwnMemoryNeededError:
-                self._in_own_memory = True
+        # While recording, torch's own shape functions look at memory; an ordinary call before it knew about the model's.
+        if self._in_own_memory or is_recording():
+            return self._loop_over(one, arguments)
+        before = StateBefore(self.module, pytree.tree_leaves(arguments)[0].device)
+        try:
+            with views_of_tasks():
+                return self._loop_over(one, arguments)
+        except OwnMemoryNeededError:
+            before.restore()
+            self._in_own_memory = True
         return self._loop_over(one, arguments)
 
     def _loop_over(self, one: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:

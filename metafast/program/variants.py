@@ -23,8 +23,8 @@ def writing(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], outpu
     tensors = _flat(outputs)
     # The overload wants an output for what it is told not to compute, too. Not every device has the overload.
     unfit = variant is None or op in _RESIZE_OR_ALIAS or any(output is None for output in given)
-    if variant is None or unfit or not _runs_on(variant[0], tensors[0].device):
-        return functools.partial(_computed_and_copied, op, args, kwargs, tensors)
+    if variant is None or unfit or _is_masked(op, args, kwargs) or not _runs_on(variant[0], tensors[0].device):
+        return functools.partial(_computed_and_copied, op, args, kwargs, given)
     overload, names = variant
     return functools.partial(overload, *args, **kwargs, **dict(zip(names, given, strict=True)))
 
@@ -48,10 +48,19 @@ def _runs_on(op: OpOverload, device: torch.device) -> bool:
     return torch._C._dispatch_has_computed_kernel_for_dispatch_key(op.name(), device.type.upper())
 
 
-def _computed_and_copied(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: list[Tensor]) -> None:
+def _is_masked(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call is told to leave some results out, for which a recording may have tensors all the same."""
+    names = [argument.name for argument in op._schema.arguments]
+    return not all(dict(zip(names, args, strict=False)).get("output_mask", kwargs.get("output_mask", ())))
+
+
+def _computed_and_copied(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> None:
     results = op(*args, **kwargs)
-    for output, result in zip(outputs, _flat(results), strict=True):
-        output.copy_(result)
+    for output, result in zip(outputs, results if len(op._schema.returns) > 1 else (results,), strict=True):
+        # What was not computed is read by nobody.
+        if result is not None and output is not None:
+            for to, value in zip(_flat(output), _flat(result), strict=True):
+                to.copy_(value)
 
 
 def _flat(results: Any) -> list[Tensor]:
