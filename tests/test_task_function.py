@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from plain_loop import gradients, meta_gradients, query_losses
 from torch import nn
+from torch.func import functional_call
 
 import metafast
 from metafast.inner import SGD
@@ -23,7 +24,7 @@ def loss_fn(model, batch):
 
 
 def learner(model, loss_fn=loss_fn, kind=metafast.MAML, **options):
-    return kind(model.double(), loss_fn, inner=SGD(lr=RATE), steps=STEPS, **options)
+    return kind(model.double(), loss_fn, inner=SGD(lr=RATE), **{"steps": STEPS, **options})
 
 
 @pytest.fixture
@@ -151,6 +152,28 @@ def test_embeddings_with_max_norm(generator, task_batching, order):
         torch.testing.assert_close(loss, expected.detach())
         torch.testing.assert_close(found, list(gradients(expected, plain.parameters())))
         torch.testing.assert_close(model[0].weight, plain[0].weight)
+
+
+@pytest.mark.parametrize("task_batching", ["auto", "loop", "vmap"])
+def test_max_norm_of_a_tied_table(generator, task_batching):
+    """The output layer reads rows that the look-ups of the tasks before have shortened, and no others."""
+    model = nn.Sequential(nn.Embedding(9, 4, max_norm=0.7), nn.Linear(4, 9)).double()
+    model[1].weight = model[0].weight
+    plain = copy.deepcopy(model)
+    support, query = (torch.randint(9, (TASKS, 2), generator=generator) for _ in range(2))
+    meta = learner(model, kind=metafast.Reptile, steps=1, task_batching=task_batching)
+    if task_batching == "vmap":
+        with pytest.raises(RuntimeError, match=r"max_norm lets each call write to the parameter 0\.weight; use"):
+            meta(support, query)
+        return
+    grads = [torch.autograd.grad(loss_fn(plain, own), list(plain.parameters())) for own in support]
+    names = [name for name, _ in plain.named_parameters()]
+    losses = []
+    for own, grad in zip(query, grads, strict=True):
+        params = {n: p - RATE * g for n, p, g in zip(names, plain.parameters(), grad, strict=True)}
+        losses.append(loss_fn(lambda x, params=params: functional_call(plain, params, (x,), tie_weights=True), own))
+    torch.testing.assert_close(meta(support, query).detach(), torch.stack(losses).mean().detach())
+    torch.testing.assert_close(model[0].weight, plain[0].weight)
 
 
 @pytest.mark.parametrize("task_batching", ["auto", "loop"])

@@ -100,10 +100,12 @@ class TaskFunction:
                 self._warn_of_hooks()
             if self._batching == "loop":
                 return self._one_by_one(one, arguments)
-            if self._batching == "auto" and (reason := self._hook_reason()) is not None:
+            if self._batching == "auto" and (reason := self._hook_reason() or self._write_reason(own)) is not None:
                 result = self._one_by_one(one, arguments)
                 self._use_loop(reason)
                 return result
+            if self._batching == "vmap" and (reason := self._write_reason(own)) is not None:
+                raise RuntimeError(f"task_batching='vmap': {reason}; use 'auto' or 'loop'")
             return self._side_by_side_or_loop(one, arguments)
 
     @property
@@ -204,6 +206,11 @@ class TaskFunction:
             for name, module in self.module.named_modules()
             if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None
         ]
+
+    def _write_reason(self, own: Params) -> str | None:
+        """Before the first step all tasks share one table: what else reads it depends on the tasks before."""
+        written = [name for name in self._written_weights() if name in own and own[name].stride(0) == 0]
+        return f"its max_norm lets each call write to the parameter {written[0]}" if written else None
 
     def _hook_reason(self) -> str | None:
         if not torch.is_grad_enabled():
