@@ -37,7 +37,7 @@ def builds_cuda() -> bool:
 
 def extension(cuda: bool) -> CppExtension:
     root = Path(__file__).parent
-    sources = [root / "csrc/library.cpp", *sorted((root / "csrc/cpu").glob("*.cpp"))]
+    sources = [root / "csrc/library.cpp", *sorted((root / "csrc/cpu").rglob("*.cpp"))]
     flags = [
         "-O3",
         "-fvisibility=hidden",

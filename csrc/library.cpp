@@ -3,7 +3,7 @@
 
 #include <pybind11/pybind11.h>
 
-#include "cpu/capability.h"
+#include "cpu/isa/capability.h"
 
 #define METAFAST_STRING_(x) #x
 #define METAFAST_STRING(x) METAFAST_STRING_(x)

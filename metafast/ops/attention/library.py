@@ -1,6 +1,6 @@
 """The ops as torch's dispatcher knows them: schemas, shapes without data, kernels a device, first-order autograd.
 
-The CPU kernels register themselves when the extension loads (``csrc/cpu/attention.cpp``). The schemas are here and not
+The CPU kernels register themselves when the extension loads (``csrc/cpu/attention/ops.cpp``). The schemas are here and not
 in the extension, so that Triton's kernels need no compiled extension. Autograd is registered for ``torch.compile``,
 which cannot trace the Functions of ``autograd.py``; eager calls and ``torch.func`` go through those.
 """
@@ -48,7 +48,7 @@ def _has_plain_rows(tensor: Tensor) -> bool:
 
 
 def _output_like(tensor: Tensor, columns: int | None = None) -> Tensor:
-    """Shape, dtype and memory order of a kernel's output, as ``output_like`` in csrc/cpu/attention.cpp."""
+    """Shape, dtype and memory order of a kernel's output, as ``output_like`` in csrc/cpu/attention/ops.cpp."""
     columns = tensor.shape[-1] if columns is None else columns
     if tensor.shape[-1] == columns:
         output = torch.empty_like(tensor if _has_plain_rows(tensor) else tensor.contiguous())

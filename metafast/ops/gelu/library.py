@@ -1,4 +1,4 @@
-"""The ops as torch's dispatcher knows them; their kernels are in ``csrc/cpu/gelu.cpp``."""
+"""The ops as torch's dispatcher knows them; their kernels are in ``csrc/cpu/layers/gelu.cpp``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ops as torch's dispatcher knows them; their kernels are in ``csrc/cpu/layer_norm.cpp``."""
+"""The ops as torch's dispatcher knows them; their kernels are in ``csrc/cpu/layers/layer_norm.cpp``."""
 
 from __future__ import annotations
 

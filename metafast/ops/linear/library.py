@@ -1,4 +1,4 @@
-"""The op as torch's dispatcher knows it; its kernel is in ``csrc/cpu/task_products.cpp``."""
+"""The op as torch's dispatcher knows it; its kernel is in ``csrc/cpu/gemm/tasks.cpp``."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The native ops: their schemas, what they return as far as shapes go, and the call for each rule.
 
 The schemas are defined here and not in the extension so that they exist without it; the kernels are registered by
-``csrc/cpu/task_update.cpp`` and ``csrc/cuda/task_update.cu`` when the extension loads.
+``csrc/cpu/task_update/task_update.cpp`` and ``csrc/cuda/task_update.cu`` when the extension loads.
 
 An op takes a list of tensors for each group: parameters, gradients, each state that the rule may keep, learning rates,
 weight decays; then the rule's numbers. Its product takes the cotangents of the results first. ``<op>_`` writes over

@@ -1,27 +1,27 @@
-#include "cpu/products.h"
+#include "cpu/gemm/attention.h"
 
 #include <algorithm>
 #include <cstdint>
 
-#include "cpu/capability.h"
+#include "cpu/isa/capability.h"
 
-#define METAFAST_VARIANT "cpu/products.inl"
+#define METAFAST_VARIANT "cpu/gemm/attention.inl"
 
 namespace metafast {
 namespace {
 
-#include "cpu/both_types.inl"
+#include "cpu/isa/per_type_and_isa.inl"
 
 }  // namespace
 
 template <>
 const Products<float>& products<float>() {
-  return single::widest_table();
+  return float32::widest_table();
 }
 
 template <>
 const Products<double>& products<double>() {
-  return precise::widest_table();
+  return float64::widest_table();
 }
 
 }  // namespace metafast

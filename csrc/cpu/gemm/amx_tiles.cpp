@@ -7,12 +7,12 @@
 // - slices: [depth / 32][rows / 32][2 halves of the slice], at block * block floats 32 rows,
 // of which they fill half or less, so that panels find them where they would find floats.
 
-#include "cpu/tile_products.h"
+#include "cpu/gemm/amx_tiles.h"
 
 #include <algorithm>
 #include <cstdint>
 
-#include "cpu/capability.h"
+#include "cpu/isa/capability.h"
 
 #ifdef METAFAST_HAS_TILES
 

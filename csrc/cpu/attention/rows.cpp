@@ -1,28 +1,28 @@
-#include "cpu/attention_rows.h"
+#include "cpu/attention/rows.h"
 
 #include <cmath>
 #include <cstdint>
 #include <limits>
 
-#include "cpu/capability.h"
+#include "cpu/isa/capability.h"
 
-#define METAFAST_VARIANT "cpu/attention_rows.inl"
+#define METAFAST_VARIANT "cpu/attention/rows.inl"
 
 namespace metafast {
 namespace {
 
-#include "cpu/both_types.inl"
+#include "cpu/isa/per_type_and_isa.inl"
 
 }  // namespace
 
 template <>
 const AttentionRows<float>& attention_rows<float>() {
-  return single::widest_table();
+  return float32::widest_table();
 }
 
 template <>
 const AttentionRows<double>& attention_rows<double>() {
-  return precise::widest_table();
+  return float64::widest_table();
 }
 
 }  // namespace metafast

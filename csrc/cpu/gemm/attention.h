@@ -1,6 +1,6 @@
 // The matrix products of attention on one thread. A BLAS packs both operands anew in every call, for each panel of rows and for
 // the smallest of heads; here what belongs to the keys of a head is laid out once and read by all of its panels, and of what has
-// a row a query, only what is multiplied with a panel's columns is copied. Those of bfloat16 are in tile_products.h.
+// a row a query, only what is multiplied with a panel's columns is copied. Those of bfloat16 are in gemm/amx_tiles.h.
 //
 // Right factors are laid out so that a tile reads them from consecutive vectors, whatever the strides of the tensor, whose rows may
 // lie so far apart that only a few of them fit into the first cache. There are two layouts of [rows, depth]. "Blocked" is the

@@ -8,8 +8,8 @@
 
 #include <numeric>
 
-#include "cpu/attention_call.h"
-#include "cpu/attention_scores.h"
+#include "cpu/attention/call.h"
+#include "cpu/attention/scores.h"
 
 namespace metafast {
 namespace {

@@ -4,7 +4,7 @@
 
 #include "task_update_ops.h"
 
-#include "cpu/capability.h"
+#include "cpu/isa/capability.h"
 
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>

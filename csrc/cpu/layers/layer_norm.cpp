@@ -14,10 +14,10 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu/capability.h"
+#include "cpu/isa/capability.h"
 #include "cpu/output.h"
 
-#define METAFAST_VARIANT "cpu/layer_norm.inl"
+#define METAFAST_VARIANT "cpu/layers/layer_norm.inl"
 
 namespace metafast {
 
@@ -36,13 +36,13 @@ struct LayerNormRows {
                        const T* tangent_weight, const T* tangent_bias, T* tangent_out, T* tangent_grad_x, T* tangent_grad_weight);
 };
 
-#include "cpu/both_types.inl"
+#include "cpu/isa/per_type_and_isa.inl"
 
 template <typename Body>
 void with_rows(const Tensor& tensor, Body body) {
   switch (tensor.scalar_type()) {
-    case ScalarType::Float: return body(single::widest_table());
-    case ScalarType::Double: return body(precise::widest_table());
+    case ScalarType::Float: return body(float32::widest_table());
+    case ScalarType::Double: return body(float64::widest_table());
     default: throw std::runtime_error("metafast layer_norm (CPU): expected float32 or float64");
   }
 }

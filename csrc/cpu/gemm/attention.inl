@@ -4,7 +4,7 @@
 
 namespace CAPABILITY_NAMESPACE {
 
-#include "cpu/vectors.inl"
+#include "cpu/isa/vectors.inl"
 
 // What a tile multiplies for one pair of factors: a_k is a column and b_k a row of a block. They move on from tile to tile of a run.
 struct Strip {

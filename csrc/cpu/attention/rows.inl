@@ -4,7 +4,7 @@
 
 namespace CAPABILITY_NAMESPACE {
 
-#include "cpu/exp.inl"
+#include "cpu/isa/exp.inl"
 
 void add_bias(int64_t n, const REAL* __restrict bias, int64_t stride, REAL* __restrict score) {
   if (stride == 1) {

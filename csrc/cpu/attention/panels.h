@@ -9,8 +9,8 @@
 #include <vector>
 
 #include "cpu/aligned_memory.h"
-#include "cpu/attention_problem.h"
-#include "cpu/products.h"
+#include "cpu/attention/problem.h"
+#include "cpu/gemm/attention.h"
 
 namespace metafast {
 

@@ -5,8 +5,8 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "cpu/attention_call.h"
-#include "cpu/attention_scores.h"
+#include "cpu/attention/call.h"
+#include "cpu/attention/scores.h"
 
 namespace metafast {
 namespace {

@@ -13,8 +13,8 @@
 #include <vector>
 
 #include "attention.h"
-#include "cpu/products.h"
-#include "cpu/tile_products.h"
+#include "cpu/gemm/attention.h"
+#include "cpu/gemm/amx_tiles.h"
 
 namespace metafast {
 

@@ -17,10 +17,10 @@
 #include <vector>
 
 #include "cpu/aligned_memory.h"
-#include "cpu/capability.h"
+#include "cpu/isa/capability.h"
 #include "cpu/output.h"
 
-#define METAFAST_VARIANT "cpu/task_products.inl"
+#define METAFAST_VARIANT "cpu/gemm/tasks.inl"
 
 namespace metafast {
 
@@ -49,7 +49,7 @@ struct TaskProducts {
                           int64_t to_row, T* packed);
 };
 
-#include "cpu/both_types.inl"
+#include "cpu/isa/per_type_and_isa.inl"
 
 // Multiply-adds that are worth a thread's start.
 constexpr int64_t worth_a_thread = 1 << 18;
@@ -125,8 +125,8 @@ void sum_of_products_out(const std::optional<Tensor>& start_, const Tensors& lef
     start = with_plain_rows(*start);
   }
   switch (out.scalar_type()) {
-    case ScalarType::Float: run(single::widest_table(), start, lefts, rights, out); break;
-    case ScalarType::Double: run(precise::widest_table(), start, lefts, rights, out); break;
+    case ScalarType::Float: run(float32::widest_table(), start, lefts, rights, out); break;
+    case ScalarType::Double: run(float64::widest_table(), start, lefts, rights, out); break;
     default: check(false, "expected float32 or float64");
   }
   given.give();

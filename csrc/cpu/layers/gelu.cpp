@@ -11,10 +11,10 @@
 #include <stdexcept>
 #include <tuple>
 
-#include "cpu/capability.h"
+#include "cpu/isa/capability.h"
 #include "cpu/output.h"
 
-#define METAFAST_VARIANT "cpu/gelu.inl"
+#define METAFAST_VARIANT "cpu/layers/gelu.inl"
 
 namespace metafast {
 
@@ -32,7 +32,7 @@ struct GeluRows {
   void (*double_backward)(int64_t n, const T* grad, const T* x, const T* tangent, T* by_grad, T* by_x);
 };
 
-#include "cpu/both_types.inl"
+#include "cpu/isa/per_type_and_isa.inl"
 
 // Calls body(rows, begin, end) for parts of n elements, with the functions for their type.
 template <typename Body>
@@ -41,8 +41,8 @@ void in_parts(const Tensor& x, Body body) {
     torch::stable::parallel_for(0, x.numel(), 1 << 13, [&](int64_t begin, int64_t end) { body(rows, begin, end); });
   };
   switch (x.scalar_type()) {
-    case ScalarType::Float: return run(single::widest_table());
-    case ScalarType::Double: return run(precise::widest_table());
+    case ScalarType::Float: return run(float32::widest_table());
+    case ScalarType::Double: return run(float64::widest_table());
     default: throw std::runtime_error("metafast gelu (CPU): expected float32 or float64");
   }
 }

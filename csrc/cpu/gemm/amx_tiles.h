@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "cpu/products.h"
+#include "cpu/gemm/attention.h"
 
 namespace metafast {
 

@@ -2,7 +2,7 @@
 
 namespace CAPABILITY_NAMESPACE {
 
-#include "cpu/exp.inl"
+#include "cpu/isa/exp.inl"
 
 // Double precision is for checking and takes the library's; in single precision a rational function (Eigen's, within a few
 // units in the last place) is vectorised.

@@ -4,7 +4,7 @@
 
 namespace CAPABILITY_NAMESPACE {
 
-#include "cpu/vectors.inl"
+#include "cpu/isa/vectors.inl"
 
 // Of the summed index, and of columns: what is laid out of the right factor at a time stays in the second cache, and a block of
 // its columns in the first, while groups of rows pass by.

@@ -1,6 +1,6 @@
-// Includes METAFAST_VARIANT once for each element type and instruction set (see variants.inl). REAL is the type, INTEGER the
+// Includes METAFAST_VARIANT once for each element type and instruction set (see per_isa.inl). REAL is the type, INTEGER the
 // integer of its size; the others are the constants of exp.inl.
-// single::widest_table() and precise::widest_table() are the `table` of the widest that this machine runs.
+// float32::widest_table() and float64::widest_table() are the `table` of the widest that this machine runs.
 
 // In float32 the polynomial is 1 + r + r^2 (...) with the smallest relative error at |r| <= ln 2 / 2, 3e-9, its powers two and two
 // so that it is not one chain; and ln 2 as it is rounded is off by 2e-9, which no k makes much of. In float64 it is Taylor's, in
@@ -15,9 +15,9 @@
 #define MANTISSA_BITS 23
 #define EXP_POLYNOMIAL(r) \
   ((1.f + r) + (r * r) * ((0.49999994f + r * 0.16666521f) + (r * r) * ((0.041668389f + r * 0.0083687101f) + (r * r) * 0.0013814613f)))
-namespace single {
-#include "cpu/variants.inl"
-}  // namespace single
+namespace float32 {
+#include "cpu/isa/per_isa.inl"
+}  // namespace float32
 #undef REAL
 #undef INTEGER
 #undef LOWEST
@@ -40,6 +40,6 @@ namespace single {
   (1 + r * (1 + r * (1. / 2 + r * (1. / 6 + r * (1. / 24 + r * (1. / 120 + r * (1. / 720 + r * (1. / 5040 + r *     \
   (1. / 40320 + r * (1. / 362880 + r * (1. / 3628800 + r * (1. / 39916800 + r * (1. / 479001600 + r *               \
   (1. / 6227020800))))))))))))))
-namespace precise {
-#include "cpu/variants.inl"
-}  // namespace precise
+namespace float64 {
+#include "cpu/isa/per_isa.inl"
+}  // namespace float64

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "attention.h"
-#include "cpu/attention_problem.h"
+#include "cpu/attention/problem.h"
 #include "cpu/output.h"
 
 namespace metafast {

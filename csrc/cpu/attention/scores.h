@@ -3,8 +3,8 @@
 
 #include <initializer_list>
 
-#include "cpu/attention_panels.h"
-#include "cpu/attention_rows.h"
+#include "cpu/attention/panels.h"
+#include "cpu/attention/rows.h"
 
 namespace metafast {
 
