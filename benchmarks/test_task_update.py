@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from metafast import inner, task_update
+from metafast.engine.memory_budget import free_bytes
 from metafast.measure import peak_memory
-from metafast.meta.memory import free_bytes
 from metafast.models import EncoderClassifier
 from metafast.testing import relative_error
 

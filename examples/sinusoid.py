@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import metafast
-from metafast.meta.base import MetaLearner
+from metafast.algorithms.learner import MetaLearner
 
 SHOTS = (5, 10, 20)
 PAPER = {

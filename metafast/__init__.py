@@ -4,27 +4,37 @@ import importlib
 from typing import Any
 
 from metafast import inner
-from metafast.accelerate import accelerate
+from metafast.acceleration import accelerate
+from metafast.algorithms import ANIL, IMAML, MAML, MAMLPlusPlus, MetaLearner, MetaSGD, ProtoMAML, ProtoNet, Reptile
 from metafast.backend import BackendUnavailableError, build_info, use_backend
-from metafast.check import Report, check
-from metafast.meta import ANIL, IMAML, MAML, MAMLPlusPlus, MetaSGD, PerStep, ProtoMAML, ProtoNet, Reptile
+from metafast.checking import Report, check
+from metafast.engine.inner_loop import InnerLoop, Start
+from metafast.engine.learners import Learners
+from metafast.engine.step import Outcome, TaskResults
+from metafast.engine.task_batch import PerStep
 from metafast.ops.attention import scaled_dot_product_attention
 from metafast.ops.task_update import task_update
-
-__version__ = "0.1.0"
+from metafast.version import __version__
 
 __all__ = [
     "ANIL",
     "IMAML",
     "MAML",
     "BackendUnavailableError",
+    "InnerLoop",
+    "Learners",
     "MAMLPlusPlus",
+    "MetaLearner",
     "MetaSGD",
+    "Outcome",
     "PerStep",
     "ProtoMAML",
     "ProtoNet",
     "Report",
     "Reptile",
+    "Start",
+    "TaskResults",
+    "__version__",
     "accelerate",
     "build_info",
     "check",

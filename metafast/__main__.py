@@ -55,7 +55,7 @@ def _info(options: argparse.Namespace) -> int:
 
         print_report(compile_kernels())
         return 0
-    from metafast import build_info
+    from metafast.backend import build_info
 
     _print_nested(build_info())
     return 0

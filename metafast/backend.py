@@ -22,6 +22,8 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
+from metafast.version import __version__
+
 __all__ = ["BackendUnavailableError", "build_info", "use_backend"]
 
 BACKENDS = ("auto", "fused", "reference")
@@ -123,8 +125,6 @@ def build_info() -> dict[str, Any]:
 
     Loads the extension and Triton to see whether they load.
     """
-    from metafast import __version__
-
     compiled, triton = extension(), _load("triton")[0]
     cuda = "no CUDA device is visible to torch" if not torch.cuda.is_available() else triton_problem()
     return {

@@ -15,7 +15,7 @@ __all__ = ["GRANULARITIES", "SGD", "Adam", "AdamW", "RMSprop", "Rule"]
 
 GRANULARITIES: dict[str, str] = {
     "number": "one number",
-    "step": "one a step (LSLR)",
+    "step": "one per step (LSLR)",
     "tensor": "one a parameter tensor",
     "tensor_step": "one a parameter tensor and step (MAML++)",
     "parameter": "one a single parameter (Meta-SGD)",

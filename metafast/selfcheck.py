@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from metafast import inner
-from metafast.check import check
-from metafast.meta import MAML
+from metafast.algorithms import MAML
+from metafast.checking import check
 from metafast.models import EncoderClassifier
 from metafast.ops.attention import scaled_dot_product_attention
 from metafast.testing import ATTENTION_CASES, AttentionCase, relative_error, second_order

@@ -65,7 +65,9 @@ class PlainLearner:
         self.meta = copy.deepcopy(meta)
         self.model = self.meta.model
         self.adapted = [
-            name for name, p in self.model.named_parameters() if p.requires_grad and name in meta._chosen._adapted
+            name
+            for name, p in self.model.named_parameters()
+            if p.requires_grad and name in meta.split_parameters().adapted
         ]
         self.headed = isinstance(meta, metafast.ProtoMAML)
 

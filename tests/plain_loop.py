@@ -20,7 +20,7 @@ def adaptation(model, loss_fn, support, steps, lr, *, names=None, create_graph=T
     """One task's parameters before the first step and after each.
 
     Args:
-        support: of one task, or a list of one a step.
+        support: of one task, or a list of one per step.
         lr: number, or ``lr(step, name)``.
         names: what is adapted; None: all that requires a gradient.
     """

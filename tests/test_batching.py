@@ -11,7 +11,7 @@ from torch import nn
 from torch.func import vmap
 
 import metafast
-from metafast.accelerate import accelerated_thread, replaced_names
+from metafast.acceleration import accelerated_thread, replaced_names
 from metafast.inner import SGD
 from metafast.ops.batching import METHODS
 

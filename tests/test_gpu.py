@@ -83,13 +83,13 @@ def test_meta_gradient(order, generator):
 
 
 @pytest.mark.parametrize("order", [1, 2])
-def test_cuda_graph_replays_the_step(order, generator):
+def test_a_captured_step_is_a_cuda_graph(order, generator):
     def loss_fn(model, batch):
         return F.cross_entropy(model(batch[0]), batch[1])
 
     model = EncoderClassifier(5, width=32, max_length=16).cuda()
     options = {"inner": metafast.inner.SGD(lr=0.1), "steps": 2, "order": order, "reduction": "sum"}
-    graph, plain = (metafast.MAML(model, loss_fn, cuda_graph=on, **options) for on in (True, False))
+    graph, plain = (metafast.MAML(model, loss_fn, capture=on, **options) for on in (True, False))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(3):
         support, query = (

@@ -13,7 +13,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import metafast
-from metafast.meta.memory import graph_bytes
+from metafast.engine.memory_budget import graph_bytes
 
 pytestmark = pytest.mark.usefixtures("fused_cpu")
 LR = 0.1

@@ -14,8 +14,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint as model_checkpoint
 
 import metafast
+from metafast.engine import memory_budget as memory
 from metafast.inner import SGD
-from metafast.meta import memory
 
 TASKS, STEPS, LR = 5, 3, 0.1
 
@@ -67,7 +67,7 @@ def test_per_step_needs_a_batch_for_every_step(net, draw):
         maml(net)(support, query)
     with pytest.raises(ValueError, match="support: expected PerStep of at least 4 batches, got 2"):
         maml(net).adapt(support, steps=4)
-    with pytest.raises(ValueError, match="batches: expected one a step, got none"):
+    with pytest.raises(ValueError, match="batches: expected one per step, got none"):
         metafast.PerStep([])
 
 
@@ -177,7 +177,7 @@ def test_chunks_leave_no_graph_behind(net, draw):
     """When the call returns, gradients are computed: between the loss and the parameters there is one node."""
     loss = maml(net, tasks_per_chunk=2)(draw(4), draw(5))
     (node,) = [node for node, _ in loss.grad_fn.next_functions if node is not None]  # beneath the division
-    assert type(node).__name__ == "_WithGradientsBackward"
+    assert type(node).__name__ == "_PrecomputedGradientsBackward"
     beneath = [type(node).__name__ for node, _ in node.next_functions if node is not None]
     assert beneath == ["AccumulateGrad"] * 4
 
@@ -186,7 +186,7 @@ def test_chunks_leave_no_graph_behind(net, draw):
     ("weights", "error", "message"),
     [
         ([1.0] * TASKS, TypeError, r"task_weights: expected a tensor \[5\], got list"),
-        (torch.ones(2), ValueError, r"task_weights: expected shape \(5,\), one a task, got \(2,\)"),
+        (torch.ones(2), ValueError, r"task_weights: expected shape \(5,\), one per task, got \(2,\)"),
         (-torch.ones(TASKS), ValueError, "task_weights: expected at least 0 and a sum above 0"),
         (torch.zeros(TASKS), ValueError, "task_weights: expected at least 0 and a sum above 0"),
     ],
@@ -219,7 +219,7 @@ def test_auto_decides_from_memory_and_says_so(net, draw, monkeypatch, caplog, fr
         return seen
 
     names = {type(node).__name__ for node in nodes(meta(support, query).grad_fn, set())}
-    assert ("_CheckpointedBackward" in names) == checkpointed
+    assert ("_RecomputedBackward" in names) == checkpointed
     expected = query_losses(net, loss_fn, support, query, STEPS, LR).mean()
     assert distance([p.grad for p in net.parameters()], gradients(expected, net.parameters())) < 1e-9
 
@@ -229,9 +229,11 @@ def test_the_estimate_of_graphs_is_what_they_take(net, draw):
     support = draw(64)
     estimates = []
     meta = maml(net, steps=6)
-    start = meta._start(support)
+    start = meta.start(support)
     for steps in (1, 6):
-        estimates.append(memory.graph_bytes(lambda n=steps: list(meta._loop(order=2).steps(start, support, TASKS, n))))
+        estimates.append(
+            memory.graph_bytes(lambda n=steps: list(meta.inner_loop(start, order=2).steps(start, support, TASKS, n)))
+        )
     assert estimates[1] == pytest.approx(6 * estimates[0], rel=0.25)
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.func import functional_call
 
 import metafast
-from metafast.check import meta_gradient_error
+from metafast.checking import meta_gradient_error
 from metafast.inner import SGD
 
 TASKS, WAYS, LR = 3, 4, 0.02

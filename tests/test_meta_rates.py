@@ -401,5 +401,5 @@ def test_maml_plus_plus_resumes_in_its_epoch(net, batches):
 
 
 def test_step_weights_are_as_many_as_steps(net):
-    with pytest.raises(ValueError, match="step_weights: expected 2 numbers, one a step, got 3"):
+    with pytest.raises(ValueError, match="step_weights: expected 2 numbers, one per step, got 3"):
         metafast.MAML(net, loss_fn, inner=SGD(lr=0.1), steps=2, step_weights=[1, 1, 1])

@@ -113,7 +113,7 @@ def test_stacked_by_a_program(name: str, dim: int, generator: torch.Generator) -
         first = results if isinstance(results, Tensor) else results[0]
         return torch.stack([first, first.clone(), first + 1], dim)
 
-    assert torch.equal(Program(stacked, tensors)(tensors), stacked(*tensors))
+    assert torch.equal(Program(stacked, tensors).run(tensors), stacked(*tensors))
 
 
 @pytest.mark.parametrize("dim", [0, -1])
@@ -125,4 +125,4 @@ def test_updates_stacked_by_a_program(dim: int, generator: torch.Generator) -> N
         params, _ = metafast.task_update(rule, list(tensors[:2]), list(tensors[2:]))
         return torch.stack(params, dim)
 
-    assert torch.equal(Program(stacked, tensors)(tensors), stacked(*tensors))
+    assert torch.equal(Program(stacked, tensors).run(tensors), stacked(*tensors))

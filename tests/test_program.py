@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.utils import _pytree as pytree
 
 from metafast.program import NotRecordableError, Program, record
-from metafast.program.memory import ALIGNMENT, Arena, rounded
+from metafast.program.arena import ALIGNMENT, Arena, rounded
 
 REPLAYS = 3
 
@@ -49,7 +49,7 @@ def agrees(function, draw, replays=REPLAYS):
     for _ in range(replays):
         inputs = draw()
         kept = [tensor.clone() for tensor in inputs]
-        same(program(inputs), eager(function, inputs))
+        same(program.run(inputs), eager(function, inputs))
         same(inputs, kept)
     return program
 
@@ -166,7 +166,7 @@ def test_random_programs(generator, normal, number):
     program = agrees(function, draw)
     inputs = draw()
     poison(program)
-    same(program(inputs), eager(function, inputs))
+    same(program.run(inputs), eager(function, inputs))
 
 
 def test_memory_is_used_again(normal):
@@ -230,7 +230,7 @@ def test_parts_of_a_stack_are_made_in_it(name, normal):
     assert stacks(program) == copied
     inputs = draw()
     poison(program)
-    same(program(inputs), eager(function, inputs))
+    same(program.run(inputs), eager(function, inputs))
 
 
 # Inputs and outputs
@@ -280,21 +280,21 @@ def test_outputs_that_are_inputs_views_or_constants(normal):
         return {"in": x, "view of in": y.t(), "twice": (z, z), "view": z[0], "constant": torch.ones(2), "none": None}
 
     program = agrees(function, normal((3, 3), (3, 3)))
-    result = program(normal((3, 3), (3, 3))())
+    result = program.run(normal((3, 3), (3, 3))())
     before = result["twice"][1].clone()
     result["twice"][0].zero_()
     result["view"].fill_(7)
     result["constant"].zero_()
     same(result["twice"][1], before)
-    assert (program(normal((3, 3), (3, 3))())["constant"] == 1).all()
+    assert (program.run(normal((3, 3), (3, 3))())["constant"] == 1).all()
 
 
 def test_results_are_ordinary_and_the_callers_own(normal):
     draw = normal((3, 3))
     program = Program(lambda x: (x @ x, x[0]), draw())
-    first = program(draw())
+    first = program.run(draw())
     kept = [tensor.clone() for tensor in first]
-    program(draw())
+    program.run(draw())
     same(first, kept)
     result = first[0].requires_grad_()
     assert not result.is_inference()
@@ -400,7 +400,7 @@ def test_random_numbers(normal, function):
     expected = [function(x) for _ in range(3)]
     assert not torch.equal(*expected[:2])
     torch.manual_seed(1)
-    same([program([x]) for _ in range(3)], expected)
+    same([program.run([x]) for _ in range(3)], expected)
 
 
 def seeded(x):
@@ -455,7 +455,7 @@ def test_other_tensors_are_read_live(normal):
     program = agrees(lambda x: (x + table) * table.exp(), normal((2, 3)))
     table.mul_(-2)
     inputs = normal((2, 3))()
-    same(program(inputs), (inputs[0] + table) * table.exp())
+    same(program.run(inputs), (inputs[0] + table) * table.exp())
     assert all(tensor is table for tensor in program.reached)
     assert program.reached
 
@@ -523,5 +523,5 @@ def test_overloads_that_resize_what_they_are_given_or_ask_what_shares_its_storag
         return x + 1, LOSSES[name](x, y), y * 2
 
     inputs = [torch.randn(40, 40, generator=generator) for _ in range(2)]
-    for found, expected in zip(Program(function, inputs)(inputs), function(*inputs), strict=True):
+    for found, expected in zip(Program(function, inputs).run(inputs), function(*inputs), strict=True):
         assert torch.equal(found, expected)

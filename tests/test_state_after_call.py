@@ -298,7 +298,7 @@ def test_replays_change_buffers_and_leave_tensors(draw, kind):
         compare(meta, plain, draw(), draw(6))
     if kind is Stash:
         torch.testing.assert_close(model.last, plain.last.detach())
-        assert len(meta._captured._programs) == 1
+        assert len(meta._step._capture._programs) == 1
     else:
         assert model.calls == plain.calls
 
@@ -385,7 +385,7 @@ def test_numbers_that_replays_would_not_see(draw):
 
 
 def test_how_many_replays_are_compared(draw, monkeypatch):
-    from metafast.meta import capture_check
+    from metafast.engine import capture_check
 
     compared = []
     original = capture_check._compare

@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.utils import _pytree as pytree
 
-from metafast.meta.task_function import TaskFunction
+from metafast.engine.task_model import TaskModel
 
 FULL = os.environ.get("METAFAST_FULL") == "1"
 TASKS = 3
@@ -203,9 +203,9 @@ def examine(op, draws, kind, shared, in_place, counts, where):
         for again in others_drawn[1:]
         for i, x in others_drawn[0].items()
     )
-    function = TaskFunction(module, "loop" if drawn else "auto")
+    function = TaskModel(module, "loop" if drawn else "auto")
     try:
-        found = _seeded(0, lambda: _derivatives(function(batched, common, tuple(others)), of, second))
+        found = _seeded(0, lambda: _derivatives(function.compute(batched, common, tuple(others)), of, second))
     except Exception as raised:
         return Difference(where, f"{type(raised).__name__}: {_line(raised)}")
     order = "first" if not second else "second"

@@ -139,7 +139,7 @@ def check_a_call_and_adapt(model, generator, **options):
         assert plain_loop.distance([learners.params[name][task] for name in adapted], list(adapted.values())) < 1e-10
         expected = plain_loop.at(model, adapted)(*(leaf[task] for leaf in query[:2]))
         assert relative_error(out[task], expected) < 1e-10
-    assert meta._losses._function._batching == options.get("task_batching", "auto")
+    assert meta.task_losses._model._batching == options.get("task_batching", "auto")
 
 
 @pytest.mark.parametrize("batch_first", [True, False])

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from metafast.accelerate import Names, accelerated_thread
-from metafast.meta.model_checkpoint import follow, recomputed_with
+from metafast.acceleration import Names, accelerated_thread
+from metafast.engine.recompute_in_model import follow, recomputed_with
 
 __all__ = ["called", "follow"]
 

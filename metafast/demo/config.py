@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metafast import inner
-from metafast.meta import MAML, Reptile
-from metafast.meta.base import MetaLearner
+from metafast.algorithms import MAML, Reptile
+from metafast.algorithms.learner import MetaLearner
 from metafast.models import EncoderClassifier
 from metafast.tasks.text import Batch
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from metafast import inner
+from metafast.algorithms import MAML
 from metafast.demo.config import Config, loss_fn
-from metafast.meta import MAML
 from metafast.tasks.text import LabelledText
 
 STEPS = (0, 1, 3, 10)

@@ -104,7 +104,7 @@ def save(folder: Folder, config: Config, progress: Progress) -> None:
     """Writes a checkpoint. The settings come last and name the iteration: a pair that disagrees is recognised."""
     from safetensors.torch import save as to_bytes
 
-    import metafast
+    from metafast.version import __version__
 
     tensors = {_PARAMETER + name: value for name, value in progress.model.state_dict().items()}
     for index, state in progress.optimizer.state_dict()["state"].items():
@@ -118,7 +118,7 @@ def save(folder: Folder, config: Config, progress: Progress) -> None:
             "config": config.to_json(),
             "iteration": progress.iteration,
             "seconds": progress.seconds,
-            "metafast": metafast.__version__,
+            "metafast": __version__,
             "torch": torch.__version__,
         },
     )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from metafast.backend import use_backend
-from metafast.check import meta_gradient_error
+from metafast.checking import meta_gradient_error
 from metafast.demo.baseline import pretrain, search_learning_rates
 from metafast.demo.config import Config
 from metafast.demo.data import Languages

@@ -12,10 +12,10 @@ from types import FrameType
 import torch
 from torch import nn
 
+from metafast.algorithms.learner import MetaLearner
 from metafast.demo.config import Config
 from metafast.demo.data import Languages
 from metafast.demo.files import Folder, Progress, restore, save, write
-from metafast.meta.base import MetaLearner
 from metafast.tasks.text import Batch
 
 SAVE_EVERY = 25

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from metafast.accelerate import replaced_names
+from metafast.acceleration import replaced_names
 from metafast.compat.calls import called
 from metafast.compat.higher.optim import DifferentiableOptimizer, Override
 from metafast.compat.higher.patch import Functional, monkeypatch

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metafast.accelerate import Names, replaced_names
+from metafast.acceleration import Names, replaced_names
 from metafast.compat.calls import called, follow
 
 

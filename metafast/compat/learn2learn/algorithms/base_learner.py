@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from metafast.accelerate import Names, replaced_names
+from metafast.acceleration import Names, replaced_names
 from metafast.compat.calls import called, follow
 
 

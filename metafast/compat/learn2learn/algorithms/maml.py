@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from metafast.accelerate import Names
+from metafast.acceleration import Names
 from metafast.compat import one_task
 from metafast.compat.learn2learn.algorithms.base_learner import BaseLearner
 from metafast.compat.learn2learn.utils import Module, check_lengths, clone_module, update_module

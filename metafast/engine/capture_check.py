@@ -1,0 +1,126 @@
+"""The first replays of a program beside the function that was recorded."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from metafast.engine.capture_call import Call
+from metafast.engine.module_attributes import Attributes
+from metafast.engine.replay_state import RandomState
+from metafast.program import Program
+
+# A replay does the same operations; kernels that choose their order of additions by memory layout round differently.
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+_ROUGH = 0.05
+# Of the norm of all outputs: what is smaller is a sum that cancels, all of it rounding.
+_CANCELLED = 1e-3
+# Of the time that recording took.
+_SHARE = 1 / 3
+
+
+class Check:
+    """Compares replays with other numbers than the recorded ones, as many as wished.
+
+    Args:
+        replays: how many. After the first, no more than a third of the time is spent that recording took.
+        seconds: what recording took.
+        inputs: the recorded ones.
+    """
+
+    def __init__(self, replays: int, seconds: float, inputs: list[Tensor]) -> None:
+        self._left = replays
+        self._seconds = seconds * _SHARE
+        # Held, so that no other tensor gets their memory.
+        self._recorded = [(tensor, tensor._version) for tensor in inputs]
+
+    def replay(
+        self, program: Program, call: Call, inputs: list[Tensor], attributes: Callable[[], Attributes]
+    ) -> tuple[Any, list[Tensor], Any]:
+        """``program.run(inputs)``, compared with the function where it is due.
+
+        Args:
+            call: what was recorded.
+            attributes: of the model, as they are when it is called.
+
+        Raises:
+            RuntimeError: the two differ; names the first output that does.
+        """
+        if not self._left or all(map(_is_same, self._recorded, inputs)):
+            return program.run(inputs)
+        started = time.perf_counter()
+        before = RandomState(inputs[0].device)
+        found = program.run(inputs)
+        after, kept = RandomState(inputs[0].device), attributes()
+        before.restore()
+        try:
+            changed: dict[str, bool] = {}
+            expected = call.run([tensor.clone() for tensor in inputs], changed)
+        finally:
+            after.restore()
+            kept.restore()
+        pairs = zip(found[:2], expected, strict=True)
+        (result, reference), (values, buffers) = pairs
+        named = [{"buffer": dict(zip(changed, tensors, strict=True))} for tensors in (values, buffers)]
+        _compare((result, named[0]), (reference, named[1]), rough=_is_rough(inputs))
+        spent = time.perf_counter() - started
+        self._seconds -= spent
+        self._left = self._left - 1 if self._seconds >= spent else 0
+        self._recorded = self._recorded if self._left else []
+        return found
+
+
+def _is_same(recorded: tuple[Tensor, int], now: Tensor) -> bool:
+    """Whether an input has the numbers that it was recorded with."""
+    before, version = recorded
+    if before.data_ptr() == now.data_ptr():
+        return version == now._version
+    return torch.equal(before, now)
+
+
+def _is_rough(inputs: list[Tensor]) -> bool:
+    """Whether something is computed in half precision."""
+    return torch.is_autocast_enabled(inputs[0].device.type) or any(
+        tensor.dtype in (torch.float16, torch.bfloat16) for tensor in inputs
+    )
+
+
+def _compare(found: Any, expected: Any, rough: bool) -> None:
+    pairs = [
+        (path, a, b)
+        for (path, a), b in zip(pytree.tree_flatten_with_path(found)[0], pytree.tree_leaves(expected), strict=True)
+        if isinstance(a, Tensor)
+    ]
+    norms = [_norm(b) for _, _, b in pairs if b.is_floating_point()]
+    least = _CANCELLED * float(torch.tensor(norms).norm()) if norms else 0.0
+    for path, a, b in pairs:
+        tolerance = _ROUGH if rough else _TOLERANCE.get(b.dtype, _ROUGH)
+        difference, size = float(_difference(a, b).norm()), _norm(b)
+        # Not "greater": what is not a number differs.
+        if not difference <= tolerance * max(size, least):
+            raise RuntimeError(
+                f"capture: a replay differs from the uncaptured call, first in {_shown(path)}, by {difference:.3g} where "
+                f"the norm is {size:.3g}: model or loss_fn depend on something that was recorded once, such as a number in "
+                "Python or a tensor that another one took the place of. Keep it in a buffer that changes in place, pass it "
+                "in the batch, or use capture=False (capture_check=0 leaves this comparison out)"
+            )
+
+
+def _difference(a: Tensor, b: Tensor) -> Tensor:
+    a, b = a.double(), b.double()
+    return torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, a - b)
+
+
+def _norm(tensor: Tensor) -> float:
+    """Of the finite values."""
+    return float(tensor.detach().double().nan_to_num(0.0, 0.0, 0.0).norm())
+
+
+def _shown(path: tuple[Any, ...]) -> str:
+    names = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path]
+    return " ".join(name for name in names if not name.isdecimal()) or "the loss"

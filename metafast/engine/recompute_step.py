@@ -1,0 +1,82 @@
+"""A function that keeps its inputs instead of its graph, and can be differentiated twice while it is rebuilt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.utils import _pytree as pytree
+
+from metafast.engine.replay_state import ReplayState
+from metafast.engine.untracked_leaves import find_untracked, refuse_untracked
+
+# ``function(inputs, create_graph)``: pytrees of tensors in and out, with a graph or without.
+Recomputable: TypeAlias = Callable[[Any, bool], Any]
+
+
+def recomputed(function: Recomputable, inputs: Any, model: nn.Module) -> Any:
+    """``function(inputs)``, whose graph is built in the backward pass, used once and freed.
+
+    Args:
+        function: may depend on the random state, the backend, autocast and the buffers of ``model``; no tensor that
+            needs a gradient reaches it but through ``inputs``.
+        inputs: pytree of tensors.
+        model: whose buffers ``function`` reads and updates.
+
+    Raises:
+        RuntimeError: in the backward pass, where such a tensor reached it.
+    """
+    tensors, structure = pytree.tree_flatten(inputs)
+    call = _Call(function, structure, model)
+    outputs = _Recomputed.apply(call, *tensors)
+    assert call.outputs is not None
+    return pytree.tree_unflatten(list(outputs), call.outputs)
+
+
+class _Call:
+    def __init__(self, function: Recomputable, structure: pytree.TreeSpec, model: nn.Module) -> None:
+        self.function = function
+        self.structure = structure
+        self.model = model
+        self.outputs: pytree.TreeSpec | None = None
+
+    def run(self, tensors: list[Tensor], create_graph: bool) -> list[Tensor]:
+        inputs = pytree.tree_unflatten(tensors, self.structure)
+        outputs, self.outputs = pytree.tree_flatten(self.function(inputs, create_graph))
+        return outputs
+
+
+class _Recomputed(Function):
+    @staticmethod
+    def forward(ctx: Any, call: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.call = call
+        ctx.replay_state = ReplayState(tensors[0].device, call.model)
+        # A forward that writes to a parameter (an embedding with max_norm) shortens rows that it reads again in a rebuilt
+        # step, where it would do the same: that they have changed is no error.
+        writes = any(getattr(module, "max_norm", None) is not None for module in call.model.modules())
+        ctx.save_for_backward(*(tensor.data if writes else tensor for tensor in tensors))
+        outputs = tuple(output.detach() for output in call.run(list(tensors), create_graph=False))
+        ctx.replay_state.forget_unchanged()
+        return outputs
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = ctx.needs_input_grad[1:]
+        inputs = [t.detach().requires_grad_(want) for t, want in zip(ctx.saved_tensors, wanted, strict=True)]
+        with torch.enable_grad(), ctx.replay_state.replayed():
+            outputs = ctx.call.run(inputs, create_graph=True)
+        reached = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
+        leaves = [tensor for tensor in inputs if tensor.requires_grad]
+        found = find_untracked([o for o, _ in reached], leaves)
+        grads = iter(
+            torch.autograd.grad([o for o, _ in reached], leaves, [c for _, c in reached], allow_unused=True)
+            if reached
+            else [None] * len(leaves)
+        )
+        del outputs, reached
+        refuse_untracked(found, "checkpoint=True")
+        return (None, *(next(grads) if want else None for want in wanted))

@@ -1,0 +1,85 @@
+"""From the losses of tasks to one number, on one process or on many."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+REDUCTIONS = ("mean", "sum", "global_mean")
+
+
+def check_reduction(reduction: str) -> None:
+    """Raises ValueError where ``reduction`` is none."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: expected one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
+
+
+def check_weights(weights: Tensor | None, tasks: int, device: torch.device) -> Tensor:
+    """The weights ``[T]`` of the tasks in the loss, 1 where none are given.
+
+    Raises:
+        TypeError, ValueError: they are not ``tasks`` numbers of at least 0, one above, or require a gradient.
+    """
+    if weights is None:
+        return torch.ones(tasks, dtype=torch.float64, device=device)
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"task_weights: expected a tensor [{tasks}], got {type(weights).__name__}")
+    if weights.shape != (tasks,):
+        raise ValueError(f"task_weights: expected shape ({tasks},), one per task, got {tuple(weights.shape)}")
+    if weights.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "task_weights: expected a tensor that requires no gradient, since none is computed for it; detach() it, or "
+            "weight the losses in loss_fn"
+        )
+    if not (weights >= 0).all() or not weights.sum() > 0:
+        raise ValueError(f"task_weights: expected at least 0 and a sum above 0, got {weights.tolist()}")
+    return weights.detach().to(device=device, dtype=torch.float64)
+
+
+class Ranks:
+    """What the ranks of a ``global_mean`` tell each other once a call: their weights, or that they failed."""
+
+    def __init__(self, reduction: str, device: torch.device) -> None:
+        self._reduction = reduction
+        self._together = reduction == "global_mean" and dist.is_available() and dist.is_initialized()
+        self._device = device
+        self._told = False
+
+    @contextlib.contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """An error inside, before :meth:`divisor`, is raised in every rank: none waits for one that is gone."""
+        try:
+            yield
+        except Exception:
+            if self._together and not self._told:
+                self._tell(0.0, failed=True)
+            raise
+
+    def divisor(self, weights: Tensor) -> float:
+        """What the weighted sum of this rank's losses is divided by.
+
+        ``DistributedDataParallel`` takes the mean of the ranks' gradients; with the ranks' share of all tasks in the
+        divisor, that is the mean over tasks, however many each rank has.
+
+        Raises:
+            RuntimeError: another rank failed.
+        """
+        if self._reduction == "sum":
+            return 1.0
+        total = weights.sum().item()
+        if not self._together:
+            return total or 1.0
+        total, failed = self._tell(total)
+        if failed:
+            raise RuntimeError("another rank failed before the meta-gradient; its own error says why")
+        return total / dist.get_world_size() or 1.0
+
+    def _tell(self, total: float, failed: bool = False) -> tuple[float, bool]:
+        self._told = True
+        message = torch.tensor([total, float(failed)], dtype=torch.float64, device=self._device)
+        dist.all_reduce(message)
+        return message[0].item(), message[1].item() > 0

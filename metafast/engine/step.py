@@ -1,0 +1,245 @@
+"""One call of a meta-learner, in the order of this file: weights, tasks left out, chunks of tasks, capture, losses."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from metafast.engine.capture import Capture
+from metafast.engine.finite import check_finite, describe_not_finite, finite_tasks
+from metafast.engine.precomputed_gradients import with_precomputed_gradients
+from metafast.engine.reduction import Ranks, check_weights
+from metafast.engine.replay_state import Buffers
+from metafast.engine.state_after_call import StateBefore
+from metafast.engine.task_batch import Params, check_batches, select_tasks
+from metafast.engine.task_model import OrderMattersError
+from metafast.engine.untracked_leaves import find_untracked, refuse_untracked
+
+logger = logging.getLogger("metafast")
+
+
+class Outcome(NamedTuple):
+    """What a call saw, without a graph.
+
+    Attributes:
+        support_losses: ``[K, T]``, before each inner step.
+        query_losses: ``[T]``, after the last inner step; None where there was no query set.
+        metrics: of the query set, ``[T, ...]`` each.
+        skipped: tasks that were left out since one of their losses was not finite.
+    """
+
+    support_losses: Tensor
+    query_losses: Tensor | None
+    metrics: dict[str, Tensor]
+    skipped: tuple[int, ...] = ()
+
+
+class TaskResults(NamedTuple):
+    """What an algorithm computes for the tasks of a call.
+
+    Attributes:
+        losses: ``[T]``; the meta-gradient is the gradient of their weighted mean or sum.
+        support_losses, query_losses, metrics: as of :class:`Outcome`; a graph of theirs is not used.
+    """
+
+    losses: Tensor
+    support_losses: Tensor
+    query_losses: Tensor | None
+    metrics: dict[str, Tensor]
+
+    def without_graph(self) -> TaskResults:
+        """The same numbers."""
+        return TaskResults(
+            self.losses.detach(),
+            self.support_losses.detach(),
+            None if self.query_losses is None else self.query_losses.detach(),
+            {name: metric.detach() for name, metric in self.metrics.items()},
+        )
+
+
+class Learner(Protocol):
+    """What a step needs of a meta-learner; :class:`metafast.MetaLearner` documents all of it."""
+
+    model: nn.Module
+    steps: int
+    tasks_per_chunk: int | None
+    reduction: str
+    on_nonfinite: str
+    capture: bool
+    outcome: Outcome | None
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def task_results(self, support: Any, query: Any, tasks: int) -> TaskResults: ...
+
+    def trained_parameters(self) -> Params: ...
+
+    def first_forward(self, support: Any) -> frozenset[str]: ...
+
+    def choose_memory(self, support: Any, tasks: int) -> None: ...
+
+
+class Step:
+    """The calls of a meta-learner.
+
+    Args:
+        learner: the meta-learner.
+        capture: its recorded programs.
+    """
+
+    def __init__(self, learner: Learner, capture: Capture) -> None:
+        self._learner = learner
+        self._capture = capture
+        self._ran_before_recording = False
+
+    def loss(self, support: Any, query: Any, task_weights: Tensor | None) -> Tensor:
+        """The weighted mean or sum of the tasks' losses, whose ``backward()`` leaves the meta-gradient."""
+        learner = self._learner
+        ranks = Ranks(learner.reduction, learner.device)
+        with ranks.failing_together():
+            tasks = check_batches(support, query, learner.steps)
+            weights = check_weights(task_weights, tasks, learner.device)
+            total, weights = self.in_order(lambda: self._over_finite_tasks(support, query, weights))
+            return total / ranks.divisor(weights)
+
+    def in_order(self, call: Callable[[], Any]) -> Any:
+        """``call()``, and again with one task after another where the order of the model's calls matters."""
+        before = StateBefore(self._learner.model, self._learner.device)
+        try:
+            return call()
+        except OrderMattersError as error:
+            before.restore()
+            logger.warning("%s; it is set", error)
+            self._learner.tasks_per_chunk = 1
+        return call()
+
+    def _over_finite_tasks(self, support: Any, query: Any, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """The weighted sum of losses, and the weights that went into it: of tasks whose losses are finite."""
+        learner = self._learner
+        buffers = Buffers(learner.model) if learner.on_nonfinite == "skip" else None
+        total, results = self._over_chunks(support, query, weights)
+        losses = results.support_losses, results.query_losses
+        outcome = learner.outcome = Outcome(*losses, results.metrics)
+        if buffers is None:
+            check_finite(*losses)
+            return total, weights
+        finite = finite_tasks(*losses)
+        if finite.all():
+            return total, weights
+        logger.warning("tasks are skipped: %s", "; ".join(describe_not_finite(*losses)))
+        learner.outcome = outcome._replace(skipped=tuple((~finite).nonzero()[:, 0].tolist()))
+        buffers.restore()
+        if finite.any():
+            # Again without them: in the backward pass, 0 times what is not finite would reach the shared parameters.
+            support, query = select_tasks(support, finite), select_tasks(query, finite)
+            return self._over_chunks(support, query, weights[finite])[0], weights[finite]
+        params = list(learner.trained_parameters().values())
+        zero = torch.zeros((), dtype=total.dtype, device=total.device)
+        return with_precomputed_gradients(zero, [torch.zeros_like(p) for p in params], params), weights[finite]
+
+    def _over_chunks(self, support: Any, query: Any, weights: Tensor) -> tuple[Tensor, TaskResults]:
+        """The weighted sum of losses, and what the tasks gave: all tasks at once, or in chunks with their gradients."""
+        tasks = len(weights)
+        size = self._learner.tasks_per_chunk or tasks
+        if size >= tasks and not self._learner.capture:
+            return self._weighted(support, query, weights)
+        if torch.is_grad_enabled() and any(
+            leaf.requires_grad for leaf in pytree.tree_leaves((support, query)) if leaf is not None
+        ):
+            raise ValueError(
+                "support, query: with capture or tasks_per_chunk only parameters get gradients; expected tensors that "
+                "require none"
+            )
+        params = list(self._learner.trained_parameters().values())
+        gradients: list[Tensor | None] = [None] * len(params)
+        totals, chunks = [], []
+        for first in range(0, tasks, size):
+            chunk = slice(first, first + size)
+            total, of_chunk, results = self._with_gradients(
+                select_tasks(support, chunk), select_tasks(query, chunk), weights[chunk]
+            )
+            gradients = [_sum(*pair) for pair in zip(gradients, of_chunk, strict=True)]
+            totals.append(total)
+            chunks.append(results)
+        total = torch.stack(totals).sum()
+        return with_precomputed_gradients(total, gradients, params), _joined(chunks)
+
+    def _with_gradients(
+        self, support: Any, query: Any, weights: Tensor
+    ) -> tuple[Tensor, list[Tensor | None], TaskResults]:
+        """The weighted sum of losses, without a graph, and its gradients by the learner's trained parameters."""
+
+        def step(
+            support: Any, query: Any, weights: Tensor
+        ) -> tuple[Tensor, dict[str, dict[str, Tensor | None]], TaskResults]:
+            total, results = self._weighted(support, query, weights)
+            params = self._learner.trained_parameters()
+            if not total.requires_grad:
+                return total, {"gradient": dict.fromkeys(params)}, results
+            leaves = list(params.values())
+            # A recording refuses untracked leaves by itself.
+            found = [] if self._learner.capture else find_untracked([total], leaves)
+            grads = torch.autograd.grad(total, leaves, allow_unused=True)
+            total = total.detach()
+            refuse_untracked(found, "tasks_per_chunk")
+            return total, {"gradient": dict(zip(params, grads, strict=True))}, results
+
+        if self._learner.capture:
+            # Depends on the memory that is free, which a recording cannot ask for.
+            self._learner.choose_memory(support, len(weights))
+        total, gradients, results = self.replay_or_compute("step", step, support, query, weights)
+        return total, list(gradients["gradient"].values()), results
+
+    def replay_or_compute(
+        self, name: str, function: Callable[..., Any], support: Any, *arguments: Any, update_buffers: bool = True
+    ) -> Any:
+        """``function(support, *arguments)``: replayed where the learner captures, else computed.
+
+        Args:
+            name: of the program.
+            update_buffers: as of :meth:`metafast.engine.capture.Capture.replay`.
+        """
+        if not self._learner.capture:
+            return function(support, *arguments)
+        if not self._ran_before_recording:
+            self._run_before_recording(support)
+        return self._capture.replay(name, function, support, *arguments, update_buffers=update_buffers)
+
+    def _run_before_recording(self, support: Any) -> None:
+        """An ordinary forward finds out how tasks can run, which a recording, without values, cannot."""
+        before = StateBefore(self._learner.model, self._learner.device)
+        with torch.no_grad():
+            settled = self._learner.first_forward(support)
+        # What is the same after each call, such as a mask, need not be made again while recording.
+        if {change.path for change in before.changes()} <= settled:
+            before.restore_random()
+        else:
+            before.restore()
+        self._ran_before_recording = True
+
+    def _weighted(self, support: Any, query: Any, weights: Tensor) -> tuple[Tensor, TaskResults]:
+        """The weighted sum of losses with its graph, and what the tasks gave."""
+        results = self._learner.task_results(support, query, len(weights))
+        total = (results.losses * weights.to(results.losses.dtype)).sum()
+        return total, results.without_graph()
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
+
+
+def _joined(chunks: list[TaskResults]) -> TaskResults:
+    """The results of all tasks, from those of chunks of them."""
+    query_losses = [results.query_losses for results in chunks if results.query_losses is not None]
+    return TaskResults(
+        torch.cat([results.losses for results in chunks]),
+        torch.cat([results.support_losses for results in chunks], dim=1),
+        torch.cat(query_losses) if query_losses else None,
+        {name: torch.cat([results.metrics[name] for results in chunks]) for name in chunks[0].metrics},
+    )

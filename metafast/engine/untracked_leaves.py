@@ -1,0 +1,43 @@
+"""Tensors that require a gradient and are no parameters of the learner, found in the graph of its loss."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+
+from torch import Tensor
+
+References = list["weakref.ref[Tensor]"]
+
+
+def find_untracked(outputs: Iterable[Tensor], known: Iterable[Tensor]) -> References:
+    """The leaves of the graph of ``outputs`` that are not among the ``known`` ones."""
+    ours = {id(tensor) for tensor in known}
+    found = []
+    waiting = [output.grad_fn for output in outputs]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        if node is None:
+            continue
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in ours:
+            found.append(weakref.ref(leaf))
+        for following, _ in node.next_functions:
+            if following not in seen:
+                seen.add(following)
+                waiting.append(following)
+    return found
+
+
+def refuse_untracked(found: References, option: str) -> None:
+    """Raises RuntimeError where an untracked leaf outlives the graph: ``option`` computes the gradients of the known tensors
+    alone, so that the leaf's gradient would be wrong. A leaf that the loss made for itself no longer exists by then."""
+    for reference in found:
+        leaf = reference()
+        if leaf is not None:
+            raise RuntimeError(
+                f"{option}: model and loss_fn reach a tensor of shape {tuple(leaf.shape)} that requires a gradient and is "
+                "no parameter that the learner was made with, so that its gradient would be wrong: make it one, switch it "
+                f"off by requires_grad_(False), or do without {option}"
+            )

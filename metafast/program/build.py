@@ -1,0 +1,124 @@
+"""Building a program: tensors in one block of memory, and the calls that read and write them."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from metafast.program.aliases import Root, aliased_argument, reshapes_in_place, results
+from metafast.program.arena import block
+from metafast.program.out_overloads import writing
+from metafast.program.plan import Plan
+
+Call = Callable[[], object]
+
+
+class Built:
+    """Memory and calls for a graph.
+
+    Args:
+        module: the graph, with what it reads besides its inputs.
+        plan: of the graph.
+        device: where it computes.
+
+    Attributes:
+        inputs, outputs: tensors that calls read and write; an output may be something else than a tensor.
+        calls: to be made in this order.
+        writes: of each input, whether a call changes it.
+        constant: of each output, whether no call makes it.
+    """
+
+    def __init__(self, module: fx.GraphModule, plan: Plan, device: torch.device) -> None:
+        self._plan = plan
+        self._values: dict[fx.Node, Any] = {}
+        self._memory = block(plan.bytes, device)
+        self.inputs: list[Tensor] = []
+        self.writes: list[bool] = []
+        self.calls: list[Call] = []
+        self.outputs: list[Any] = []
+        self.constant: list[bool] = []
+        for node in plan.nodes:
+            if node.op == "placeholder":
+                given = node.meta["val"]
+                self.inputs.append(torch.empty(given.shape, dtype=given.dtype, device=given.device))
+                self._values[node] = self.inputs[-1]
+                self.writes.append(Root(node, 0) in self._plan.aliases.written)
+            elif node.op == "get_attr":
+                self._values[node] = operator.attrgetter(node.target)(module)
+            elif node.op == "call_function":
+                self._values[node] = self._call(node)
+            elif node.op == "output":
+                self.outputs = pytree.tree_leaves(self._now(node.args[0]))
+                self.constant = [
+                    isinstance(leaf, fx.Node)
+                    and all(root in self._plan.constant for root in self._plan.aliases.of(leaf))
+                    for leaf in pytree.tree_leaves(node.args[0])
+                ]
+
+    def _call(self, node: fx.Node) -> Any:
+        """What a node's value is, after its call was noted down, or made, if it is made but once."""
+        target: Any = node.target
+        args, kwargs = self._now(self._moved(node)), self._now(node.kwargs)
+        if reshapes_in_place(node):
+            # The argument's other uses, before, are of its shape then.
+            return target(torch.ops.aten.alias(args[0]), *args[1:], **kwargs)
+        if node in self._plan.stacks:
+            return self._stacked(node)
+        if node not in self._plan.running:
+            return target(*args, **kwargs)
+        base = aliased_argument(node)
+        if base is not None or not results(node):
+            self.calls.append(functools.partial(target, *args, **kwargs))
+            return None if base is None else self._values[base]
+        outputs = (
+            [self._values[self._plan.overwritten[node]]]
+            if node in self._plan.overwritten
+            else [
+                self._place(root, like) for root, like in zip(self._plan.aliases.of(node), results(node), strict=True)
+            ]
+        )
+        given = iter(outputs)
+        value = pytree.tree_map(lambda leaf: next(given) if isinstance(leaf, Tensor) else leaf, node.meta["val"])
+        self.calls.append(writing(target, args, kwargs, value))
+        return value
+
+    def _moved(self, node: fx.Node) -> tuple[Any, ...]:
+        """The node's arguments, with an offset that counts from where memory began as counted from where it begins here."""
+        position = _OFFSETS.get(node.target)
+        if position is None or len(node.args) <= position or node.args[position] is None:
+            return node.args
+        base: Any = node.args[0]
+        (recorded,) = results(base)
+        args: list[Any] = list(node.args)
+        args[position] += self._values[base].storage_offset() - recorded.storage_offset()
+        return tuple(args)
+
+    def _stacked(self, stack: fx.Node) -> Tensor:
+        """The tensor of a stack that its parts are made in."""
+        if stack not in self._values:
+            (root,) = self._plan.aliases.of(stack)
+            self._values[stack] = self._place(root, results(stack)[0])
+        return self._values[stack]
+
+    def _place(self, root: Root, like: Tensor) -> Tensor:
+        if root in self._plan.parts:
+            return self._plan.parts[root].within(self._stacked(self._plan.parts[root].stack))
+        tensor = torch.empty(0, dtype=like.dtype, device=like.device)
+        return tensor.set_(self._memory, self._plan.places[root] // like.element_size(), like.shape, like.stride())
+
+    def _now(self, arguments: Any) -> Any:
+        return fx.map_arg(arguments, self._values.__getitem__)
+
+
+# The position of the argument that is an offset into memory.
+_OFFSETS: dict[Any, int] = {
+    torch.ops.aten.as_strided.default: 3,
+    torch.ops.aten.as_strided_copy.default: 3,
+    torch.ops.aten.as_strided_scatter.default: 4,
+}
