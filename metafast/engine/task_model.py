@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -92,33 +93,33 @@ class TaskModel:
         """
 
         def one(own: Params, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
-            return self._one({**own, **shared}, inputs, {**named, **(options or {})})
+            return self._one({**shared, **own}, inputs, {**named, **(options or {})})
 
-        arguments = own, inputs, named or {}
+        call = _Call(one, (own, inputs, named or {}), shared)
         with accelerated_thread(self._names):
             if self._batching == "vmap":
                 self._warn_of_hooks()
             if self._batching == "loop":
-                return self._one_by_one(one, arguments)
+                return self._one_by_one(call)
             if self._batching == "auto" and (reason := self._hook_reason() or self._write_reason(own)) is not None:
-                result = self._one_by_one(one, arguments)
+                result = self._one_by_one(call)
                 self._use_loop(reason)
                 return result
             if self._batching == "vmap" and (reason := self._write_reason(own)) is not None:
                 raise RuntimeError(f"task_batching='vmap': {reason}; use 'auto' or 'loop'")
-            return self._side_by_side_or_loop(one, arguments)
+            return self._side_by_side_or_loop(call)
 
     @property
     def settled(self) -> frozenset[str]:
         """Attributes that calls of the module change, and that are the same after each."""
         return frozenset(self._settled)
 
-    def _side_by_side_or_loop(self, one: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-        before = StateBefore(self.module, pytree.tree_leaves(arguments)[0].device)
+    def _side_by_side_or_loop(self, call: _Call) -> Any:
+        before = StateBefore(self.module, pytree.tree_leaves(call.arguments)[0].device)
         strays = BatchedStrays() if self._looks_outside and not is_recording() else None
         try:
             with strays or contextlib.nullcontext():
-                result = _side_by_side(one, arguments)
+                result = _side_by_side(call)
         except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
             if self._batching == "vmap" or is_users_own(error):
                 raise
@@ -126,7 +127,7 @@ class TaskModel:
         else:
             found = None
             if not is_recording():
-                found = before.difference(lambda: _side_by_side(one, arguments), self._settled, strays)
+                found = before.difference(lambda: _side_by_side(call), self._settled, strays)
                 self._looks_outside = False
             if found is None:
                 return result
@@ -137,23 +138,23 @@ class TaskModel:
                 raise RuntimeError(f"task_batching='vmap': {reason}; use 'auto' or 'loop'")
         before.restore()
         # Whatever else is wrong with the model or the loss shows itself again, as an error of its own.
-        result = self._one_by_one(one, arguments)
+        result = self._one_by_one(call)
         self._use_loop(reason)
         return result
 
-    def _one_by_one(self, one: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    def _one_by_one(self, call: _Call) -> Any:
         """The loop over tasks; its first call sees whether it matters in which order the model is called.
 
         Raises:
             OrderMattersError: it does.
         """
         if self._order_is_free or is_recording():
-            return self._loop(one, arguments)
-        leaves = pytree.tree_leaves(arguments)
+            return self._loop(call)
+        leaves = pytree.tree_leaves(call.arguments)
         before = StateBefore(self.module, leaves[0].device)
-        result = self._loop(one, arguments)
+        result = self._loop(call)
         if len(leaves[0]) > 1:
-            if found := before.influence(result, lambda: self._loop(one, arguments)):
+            if found := before.influence(result, lambda: self._loop(call)):
                 before.restore()
                 raise OrderMattersError(found)
             self._order_is_free = True
@@ -168,44 +169,46 @@ class TaskModel:
         with recomputed_with(self.module, params, self._names), placed(self.module, dict(params)):
             return self.module(*inputs, **options)
 
-    def _loop(self, one: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    def _loop(self, call: _Call) -> Any:
         # While recording, torch's own shape functions look at memory; an ordinary call before it knew about the model's.
         if self._in_own_memory or is_recording():
-            return self._loop_over(one, arguments)
-        before = StateBefore(self.module, pytree.tree_leaves(arguments)[0].device)
+            return self._loop_over(call)
+        before = StateBefore(self.module, pytree.tree_leaves(call.arguments)[0].device)
         try:
             with views_of_tasks():
-                return self._loop_over(one, arguments)
+                return self._loop_over(call)
         except OwnMemoryNeededError:
             before.restore()
             self._in_own_memory = True
-        return self._loop_over(one, arguments)
+        return self._loop_over(call)
 
-    def _loop_over(self, one: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-        leaves, structure = pytree.tree_flatten(arguments)
+    def _loop_over(self, call: _Call) -> Any:
+        leaves, structure = pytree.tree_flatten(call.arguments)
         tasks = zip(*(self._tasks_of(leaf) for leaf in leaves), strict=True)
-        written = [name for name in self._written_weights() if name in arguments[0]]
+        written = self._written_weights()
         results = []
         for number, task in enumerate(tasks):
             own, *others = pytree.tree_unflatten(list(task), structure)
-            # Not views, which would lose their graph with the write.
-            copies = {name: own[name].clone() for name in written}
-            results.append(one({**own, **copies}, *others))
+            tables = {name: call.table(name, weight, number) for name, weight in written.items()}
+            # The write would invalidate the graphs of the tasks before, and those of views.
+            copies = {name: table.clone() for name, table in tables.items()}
+            results.append(call.one({**own, **copies}, *others))
             for name, copy in copies.items():
-                arguments[0][name].data[number].copy_(copy.detach())
+                tables[name].data.copy_(copy.detach())
         return stacked(results)
 
     def _tasks_of(self, leaf: Tensor) -> Sequence[Tensor]:
         parts = leaf.unbind(0)
         return [part.clone() for part in parts] if self._in_own_memory else parts
 
-    def _written_weights(self) -> list[str]:
-        """Parameters that the forward writes to: those of embeddings with ``max_norm``."""
-        return [
-            f"{name}.weight".removeprefix(self._prefix) if name else "weight"
-            for name, module in self.module.named_modules()
+    def _written_weights(self) -> Params:
+        """Parameters that the forward writes to, those of embeddings with ``max_norm``, by their first names."""
+        written = {
+            id(module.weight)
+            for module in self.module.modules()
             if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None
-        ]
+        }
+        return {name.removeprefix(self._prefix): p for name, p in self.module.named_parameters() if id(p) in written}
 
     def _write_reason(self, own: Params) -> str | None:
         """Before the first step all tasks share one table: what else reads it depends on the tasks before."""
@@ -226,16 +229,36 @@ class TaskModel:
             logger.warning("task_batching='vmap': %s; 'auto' and 'loop' call them", reason)
 
 
-def _side_by_side(one: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    """``one`` under vmap."""
+@dataclass(frozen=True)
+class _Call:
+    """Arguments of a call, and what it computes for one task.
+
+    Attributes:
+        one: ``one(own, inputs, named)``.
+        arguments: these, task dimension first.
+        shared: parameters that are the same for all tasks.
+    """
+
+    one: Callable[..., Any]
+    arguments: tuple[Params, tuple[Any, ...], dict[str, Any]]
+    shared: Params
+
+    def table(self, name: str, weight: Tensor, task: int) -> Tensor:
+        """What stands for the module's parameter ``weight`` in the call of a task."""
+        own = self.arguments[0]
+        return own[name][task] if name in own else self.shared.get(name, weight)
+
+
+def _side_by_side(call: _Call) -> Any:
+    """All tasks under vmap."""
     forms: list[Form] = []
 
     def tensors(*arguments: Any) -> list[Tensor]:
-        leaves, form = taken_apart(one(*arguments))
+        leaves, form = taken_apart(call.one(*arguments))
         forms.append(form)
         return leaves
 
-    batched = vmap(tensors, randomness="different")(*arguments)
+    batched = vmap(tensors, randomness="different")(*call.arguments)
     return put_together(batched, forms[0])
 
 
