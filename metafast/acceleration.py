@@ -11,7 +11,8 @@ which a mask of each task's own, or one that is being recorded, does not allow: 
 said, and add it.
 
 Torch's batching rules are wrong for some functions where derivatives are taken outside of ``vmap`` (``ops/batching``): what
-stands in for them is put in as functions of ``torch`` and as methods of ``torch.Tensor``.
+stands in for them is put in as functions of ``torch`` and as methods of ``torch.Tensor``. The ``forward`` of batch norm
+is replaced for modules with ``momentum=None``, which otherwise could not be recorded (``ops/norms/cumulative.py``).
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import BuiltinFunctionType, FunctionType, ModuleType, TracebackType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from metafast.ops.attention import scaled_dot_product_attention
 from metafast.ops.batching import FUNCTIONS, METHODS
@@ -32,7 +34,7 @@ from metafast.ops.embedding import embedding, embedding_bag
 from metafast.ops.gelu import gelu
 from metafast.ops.layer_norm import layer_norm
 from metafast.ops.linear import linear
-from metafast.ops.norms import batch_norm, group_norm, instance_norm
+from metafast.ops.norms import batch_norm, cumulative, group_norm, instance_norm
 from metafast.ops.rms_norm import rms_norm
 
 __all__ = ["Acceleration", "accelerate"]
@@ -46,8 +48,11 @@ _torch_is_causal = torch.nn.modules.transformer._detect_is_causal_mask
 # Where torch's own modules look names up.
 _TORCHS_MODULES = {"torch", "torch.nn.functional", "torch._C._nn", "torch.backends.mha", "torch.nn.modules.transformer"}
 _lock = threading.Lock()
+# The name of a module, or a class; the attribute; torch's function.
+Place: TypeAlias = str | type
+Names: TypeAlias = list[tuple[Place, str, Callable[..., Any]]]
 # Where a name is replaced -> how many users want it so.
-_users: dict[tuple[str, str, Callable[..., Any]], int] = {}
+_users: dict[tuple[Place, str, Callable[..., Any]], int] = {}
 
 
 class _Depth(threading.local):
@@ -104,6 +109,10 @@ def _of_input(original: Callable[..., Tensor], ours: Callable[..., Tensor]) -> C
     return function
 
 
+def _batch_norm_forward(module: _BatchNorm, input: Tensor) -> Tensor:
+    return (cumulative.torch_forward if _is_torchs(input) else cumulative.forward)(module, input)
+
+
 def _fastpath_enabled() -> bool:
     return _depth.value == 0 and _torch_fastpath()
 
@@ -151,16 +160,12 @@ _REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
 }
 _ORIGINALS = {replacement: original for original, replacement in _REPLACEMENTS.items()}
 
-# The class of tensors counts as a module of this name.
-_TENSOR = "torch.Tensor"
-_METHODS = {
-    (_TENSOR, name, getattr(Tensor, name)): _batched(getattr(Tensor, name), ours) for name, ours in METHODS.items()
+_METHODS: dict[tuple[Place, str, Callable[..., Any]], Callable[..., Any]] = {
+    **{(Tensor, name, getattr(Tensor, name)): _batched(getattr(Tensor, name), ours) for name, ours in METHODS.items()},
+    (_BatchNorm, "forward", cumulative.torch_forward): _batch_norm_forward,
 }
-# Those that it defines, and does not inherit.
-_OWN_METHODS = frozenset(vars(Tensor))
-
-# (module name, attribute, torch's function).
-Names = list[tuple[str, str, Callable[..., Any]]]
+# Those that their class defines, and does not inherit.
+_OWN_METHODS = {(place, name) for place, name, _ in _METHODS if name in vars(place)}
 
 
 def replaced_names(model: nn.Module) -> Names:
@@ -183,10 +188,11 @@ def _replace(names: Names) -> None:
             _users[name] = _users.get(name, 0) + 1
             if _users[name] > 1:
                 continue
-            if name[0] == _TENSOR:
-                setattr(Tensor, name[1], _METHODS[name])
+            place, attribute, original = name
+            if isinstance(place, str):
+                setattr(sys.modules[place], attribute, _REPLACEMENTS[original])
             else:
-                setattr(sys.modules[name[0]], name[1], _REPLACEMENTS[name[2]])
+                setattr(place, attribute, _METHODS[name])
 
 
 def _restore(names: Names) -> None:
@@ -195,12 +201,13 @@ def _restore(names: Names) -> None:
             _users[name] -= 1
             if _users[name] == 0:
                 del _users[name]
-                if name[0] != _TENSOR:
-                    setattr(sys.modules[name[0]], name[1], name[2])
-                elif name[1] in _OWN_METHODS:
-                    setattr(Tensor, name[1], name[2])
+                place, attribute, original = name
+                if isinstance(place, str):
+                    setattr(sys.modules[place], attribute, original)
+                elif (place, attribute) in _OWN_METHODS:
+                    setattr(place, attribute, original)
                 else:
-                    delattr(Tensor, name[1])
+                    delattr(place, attribute)
 
 
 class Acceleration:

@@ -40,14 +40,18 @@ def compare(meta, support, query, plain=None):
     torch.testing.assert_close(found, list(gradients(expected, plain.parameters())), rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("norm", ["batch", "instance"])
+@pytest.mark.parametrize("norm", ["batch", "batch, averaging all", "instance"])
 @pytest.mark.parametrize("training", [True, False])
 def test_float_buffers_where_a_captured_step_falls_back(draw, caplog, norm, training):
-    layer = nn.BatchNorm1d(5) if norm == "batch" else nn.InstanceNorm1d(5, affine=True, track_running_stats=True)
+    layer = {
+        "batch": nn.BatchNorm1d(5),
+        "batch, averaging all": nn.BatchNorm1d(5, momentum=None),
+        "instance": nn.InstanceNorm1d(5, affine=True, track_running_stats=True),
+    }[norm]
     net = nn.Sequential(nn.Conv1d(4, 5, 1), layer, nn.Tanh(), nn.Conv1d(5, 2, 1)).train(training)
     meta = learner(net, capture=True)
     plain = copy.deepcopy(net).double()
-    for _ in range(2):
+    for _ in range(3):
         compare(meta, draw(6, 4, 3), draw(5, 4, 3), plain)
     assert ("one after another" in caplog.text) == training
 
