@@ -275,6 +275,21 @@ def test_max_norm_in_rebuilt_steps(generator, task_batching):
     compare(meta, ids, query)
 
 
+@pytest.mark.parametrize("table", ["adapted", "shared", "frozen"])
+def test_max_norm_of_a_tied_table_in_rebuilt_steps(generator, table):
+    """Rebuilt steps read the table as it was, before later look-ups shortened further rows."""
+    ids, query = (torch.randint(9, (TASKS, 2), generator=generator) for _ in range(2))
+    model = nn.Sequential(nn.Embedding(9, 4, max_norm=0.7), nn.Linear(4, 4), nn.Linear(4, 9))
+    model[2].weight = model[0].weight
+    model[0].weight.requires_grad_(table != "frozen")
+    patterns = "1.*" if table == "shared" else None
+    rebuilt, kept = (
+        meta_gradients(learner(copy.deepcopy(model), checkpoint=on, adapt_parameters=patterns), ids, query)
+        for on in (True, False)
+    )
+    torch.testing.assert_close(rebuilt, kept)
+
+
 class Strided(nn.Module):
     """Looks at its weight's memory from the beginning, after a buffer has counted the call."""
 

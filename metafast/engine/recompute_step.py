@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.utils import _pytree as pytree
 
-from metafast.engine.replay_state import ReplayState
+from metafast.engine.replay_state import ReplayState, written_parameters
 from metafast.engine.untracked_leaves import find_untracked, refuse_untracked
 
 # ``function(inputs, create_graph)``: pytrees of tensors in and out, with a graph or without.
@@ -54,10 +54,9 @@ class _Recomputed(Function):
     def forward(ctx: Any, call: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.call = call
         ctx.replay_state = ReplayState(tensors[0].device, call.model)
-        # A forward that writes to a parameter (an embedding with max_norm) shortens rows that it reads again in a rebuilt
-        # step, where it would do the same: that they have changed is no error.
-        writes = any(getattr(module, "max_norm", None) is not None for module in call.model.modules())
-        ctx.save_for_backward(*(tensor.data if writes else tensor for tensor in tensors))
+        # A rebuilt step reads what the forward read, not what its look-ups, and those of other steps, have written since.
+        writes = bool(written_parameters(call.model))
+        ctx.save_for_backward(*(tensor.detach().clone() if writes else tensor for tensor in tensors))
         outputs = tuple(output.detach() for output in call.run(list(tensors), create_graph=False))
         ctx.replay_state.forget_unchanged()
         return outputs

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from metafast.backend import requested_backend, use_backend
 from metafast.engine.module_attributes import Attributes, Change
+from metafast.engine.placed_tensors import placed
 from metafast.program import is_recording
 
 
 class ReplayState:
-    """The random state, the backend, autocast and the model's buffers and attributes as they are now, before a computation.
+    """The random state, the backend, autocast, and the model's buffers, attributes and parameters that a forward writes to,
+    as they are now, before a computation.
 
     Args:
         device: where the computation runs.
@@ -30,6 +32,8 @@ class ReplayState:
         self._dtype = torch.get_autocast_dtype(device.type)
         self._buffers = Buffers(model)
         self._attributes = Attributes(model)
+        self._model = model
+        self._tables = {name: table.detach().clone() for name, table in written_parameters(model).items()}
 
     def forget_unchanged(self) -> None:
         """Forgets the buffers and attributes that the computation has not changed; to be called after it."""
@@ -46,9 +50,20 @@ class ReplayState:
             torch.autocast(self._type, dtype=self._dtype, enabled=self._autocast),
             self._buffers.scratch(),
             self._attributes.scratch(),
+            placed(self._model, {name: table.clone() for name, table in self._tables.items()}),
         ):
             self._random.restore()
             yield
+
+
+def written_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters that a forward writes to, those of embeddings with ``max_norm``, by their first names."""
+    written = {
+        id(module.weight)
+        for module in model.modules()
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None
+    }
+    return {name: p for name, p in model.named_parameters() if id(p) in written} if written else {}
 
 
 class RandomState:

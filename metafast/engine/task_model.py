@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from metafast.acceleration import accelerated_thread, replaced_names
 from metafast.engine.placed_tensors import placed
 from metafast.engine.recompute_in_model import recomputed_with
+from metafast.engine.replay_state import written_parameters
 from metafast.engine.state_after_call import StateBefore
 from metafast.engine.stray_tensors import BatchedStrays
 from metafast.engine.task_batch import LossFn, Params
@@ -202,13 +203,7 @@ class TaskModel:
         return [part.clone() for part in parts] if self._in_own_memory else parts
 
     def _written_weights(self) -> Params:
-        """Parameters that the forward writes to, those of embeddings with ``max_norm``, by their first names."""
-        written = {
-            id(module.weight)
-            for module in self.module.modules()
-            if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None
-        }
-        return {name.removeprefix(self._prefix): p for name, p in self.module.named_parameters() if id(p) in written}
+        return {name.removeprefix(self._prefix): p for name, p in written_parameters(self.module).items()}
 
     def _write_reason(self, own: Params) -> str | None:
         """Before the first step all tasks share one table: what else reads it depends on the tasks before."""
