@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from metafast import computed_once
 from metafast.ops.attention import scaled_dot_product_attention
 from metafast.ops.batching import FUNCTIONS, METHODS
 from metafast.ops.embedding import embedding, embedding_bag
@@ -67,25 +68,25 @@ _depth = _Depth()
 def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if _is_torchs(query, key, value):
         return _torch_attention(query, key, value, *args, **kwargs)
-    return scaled_dot_product_attention(query, key, value, *args, **kwargs)
+    return computed_once.call(scaled_dot_product_attention, query, key, value, *args, **kwargs)
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if _is_torchs(input, weight):
         return _torch_linear(input, weight, bias)
-    return linear(input, weight, bias)
+    return computed_once.call(linear, input, weight, bias)
 
 
 def _embedding(weight: Tensor, indices: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if _is_torchs(weight, indices):
         return _torch_embedding(weight, indices, *args, **kwargs)
-    return embedding(weight, indices, *args, **kwargs)
+    return computed_once.call(embedding, weight, indices, *args, **kwargs)
 
 
 def _embedding_bag(weight: Tensor, indices: Tensor, *args: Any, **kwargs: Any) -> Any:
     if _is_torchs(weight, indices):
         return _torch_embedding_bag(weight, indices, *args, **kwargs)
-    return embedding_bag(weight, indices, *args, **kwargs)
+    return computed_once.call(embedding_bag, weight, indices, *args, **kwargs)
 
 
 def _batched(original: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
@@ -94,7 +95,7 @@ def _batched(original: Callable[..., Any], ours: Callable[..., Any]) -> Callable
     def function(input: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(input, Tensor) or _is_torchs(input):
             return original(input, *args, **kwargs)
-        result = ours(input, *args, **kwargs)
+        result = computed_once.call(ours, input, *args, **kwargs)
         return original(input, *args, **kwargs) if result is NotImplemented else result
 
     return function
@@ -104,7 +105,9 @@ def _of_input(original: Callable[..., Tensor], ours: Callable[..., Tensor]) -> C
     """What stands in for a function whose first argument alone says whose it is."""
 
     def function(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return (original if _is_torchs(input) else ours)(input, *args, **kwargs)
+        if _is_torchs(input):
+            return original(input, *args, **kwargs)
+        return computed_once.call(ours, input, *args, **kwargs)
 
     return function
 

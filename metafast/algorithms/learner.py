@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import abstractmethod
+from collections.abc import Iterator
 from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from metafast.computed_once import computing_once
 from metafast.engine.adapted_parameters import AdaptedParameters, ParameterSplit, Selection
 from metafast.engine.capture import Capture
 from metafast.engine.finite import check_finite
@@ -203,8 +206,9 @@ class MetaLearner(nn.Module):
         check_support_steps(support, steps)
 
         def adapted(support: Any) -> Adapted:
-            start = self.start(support)
-            return self.inner_loop(start, order=1).run(start, support, count_tasks(support, "support"), steps)
+            with self.computing_once(support):
+                start = self.start(support)
+                return self.inner_loop(start, order=1).run(start, support, count_tasks(support, "support"), steps)
 
         def in_chunks() -> Adapted:
             size = self.tasks_per_chunk or tasks
@@ -267,6 +271,19 @@ class MetaLearner(nn.Module):
         params = InnerLoop.unadapted(start, count_tasks(support, "support"))
         self.task_losses.compute(params, start.shared, support_at(support, 0))
         return self.task_losses.settled
+
+    @contextlib.contextmanager
+    def computing_once(self, *batches: Any) -> Iterator[None]:
+        """Inside, what depends on these batches and on no adapted parameter is computed once, for all inner steps."""
+        adapted = {id(p) for p in self.split_parameters().adapted.values()}
+        others = [p for p in self.model.parameters() if id(p) not in adapted]
+        # Rebuilt steps have a graph each.
+        if not others or self.steps < 2 or self.checkpoint is not False:
+            yield
+            return
+        leaves = [leaf for leaf in pytree.tree_leaves(batches) if leaf is not None]
+        with computing_once(self.model, [*leaves, *others, *self.model.buffers()]):
+            yield
 
     def choose_memory(self, support: Any, tasks: int) -> None:
         """Decides ``checkpoint="auto"`` for batches of these shapes."""

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from metafast.computed_once import once
 from metafast.engine.recompute_step import Recomputable, recomputed
 from metafast.engine.task_batch import Params, micro_batches, support_at
 from metafast.inner import Rule
@@ -170,7 +171,8 @@ class InnerLoop:
         """Every task's loss and gradient on a batch."""
         at, shared = inputs
         if not create_graph:
-            shared = {name: p.detach() for name, p in shared.items()}
+            with once():
+                shared = {name: p.detach() for name, p in shared.items()}
         if not torch.is_grad_enabled():
             at = {name: p.detach().requires_grad_() for name, p in at.items()}
         with torch.enable_grad():

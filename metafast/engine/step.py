@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -81,6 +82,8 @@ class Learner(Protocol):
     def trained_parameters(self) -> Params: ...
 
     def first_forward(self, support: Any) -> frozenset[str]: ...
+
+    def computing_once(self, *batches: Any) -> AbstractContextManager[None]: ...
 
     def choose_memory(self, support: Any, tasks: int) -> None: ...
 
@@ -225,7 +228,8 @@ class Step:
 
     def _weighted(self, support: Any, query: Any, weights: Tensor) -> tuple[Tensor, TaskResults]:
         """The weighted sum of losses with its graph, and what the tasks gave."""
-        results = self._learner.task_results(support, query, len(weights))
+        with self._learner.computing_once(support, query):
+            results = self._learner.task_results(support, query, len(weights))
         total = (results.losses * weights.to(results.losses.dtype)).sum()
         return total, results.without_graph()
 

@@ -14,6 +14,7 @@ from torch.func import vmap
 from torch.utils import _pytree as pytree
 
 from metafast.acceleration import accelerated_thread, replaced_names
+from metafast.computed_once import once
 from metafast.engine.placed_tensors import placed
 from metafast.engine.recompute_in_model import recomputed_with
 from metafast.engine.replay_state import written_parameters
@@ -75,6 +76,7 @@ class TaskModel:
         # One call per task comes in the order of a plain loop.
         self._order_is_free = not in_steps
         self._in_own_memory = False
+        self._has_run = False
 
     def compute(
         self,
@@ -97,7 +99,9 @@ class TaskModel:
             return self._one({**shared, **own}, inputs, {**named, **(options or {})})
 
         call = _Call(one, (own, inputs, named or {}), shared)
-        with accelerated_thread(self._names):
+        # The first call compares what further ones leave on the model.
+        with accelerated_thread(self._names), once() if self._has_run else contextlib.nullcontext():
+            self._has_run = True
             if self._batching == "vmap":
                 self._warn_of_hooks()
             if self._batching == "loop":
