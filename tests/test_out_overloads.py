@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import metafast
@@ -126,3 +127,27 @@ def test_updates_stacked_by_a_program(dim: int, generator: torch.Generator) -> N
         return torch.stack(params, dim)
 
     assert torch.equal(Program(stacked, tensors).run(tensors), stacked(*tensors))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "strided"])
+@pytest.mark.parametrize("name", ["batch_norm", "batch_norm alone", "instance_norm", "group_norm", "layer_norm"])
+def test_norms_of_inputs_in_any_layout(name, layout, training, generator):
+    """Torch's own overload of batch norm takes the memory of such an input for contiguous."""
+    x = torch.randn(3, 6, 4, generator=generator, dtype=torch.float64)
+
+    def normalised(x: Tensor, mean: Tensor, var: Tensor) -> Any:
+        x = {"contiguous": x.mT.contiguous(), "transposed": x.mT, "strided": x.mT[..., ::2]}[layout]
+        statistics = (mean * 1.0, var * 1.0)
+        out = {
+            "batch_norm": lambda: F.batch_norm(x, *statistics, training=training),
+            "batch_norm alone": lambda: F.batch_norm(x, None, None, training=True),
+            "instance_norm": lambda: F.instance_norm(x, *statistics, use_input_stats=training),
+            "group_norm": lambda: F.group_norm(x, 2),
+            "layer_norm": lambda: F.layer_norm(x, x.shape[1:]),
+        }[name]()
+        return out, statistics
+
+    inputs = [x, torch.zeros(4, dtype=x.dtype), torch.ones(4, dtype=x.dtype)]
+    with torch.no_grad():
+        torch.testing.assert_close(Program(normalised, inputs).run(inputs), normalised(*inputs))

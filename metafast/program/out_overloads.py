@@ -22,7 +22,7 @@ def writing(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], outpu
     given = outputs if len(op._schema.returns) > 1 else (outputs,)
     tensors = _flat(outputs)
     # The overload wants an output for what it is told not to compute, too. Not every device has the overload.
-    unfit = variant is None or op in _RESIZE_OR_ALIAS or any(output is None for output in given)
+    unfit = variant is None or op in _UNFIT or any(output is None for output in given)
     if variant is None or unfit or _is_masked(op, args, kwargs) or not _runs_on(variant[0], tensors[0].device):
         return functools.partial(_computed_and_copied, op, args, kwargs, given)
     overload, names = variant
@@ -72,13 +72,16 @@ def _flat(results: Any) -> list[Tensor]:
 # What they do besides copying, memory format and dtype, the output has already.
 _COPIES = {_aten.clone.default, _aten._to_copy.default}
 
-# Their overloads do what a place in a program does not stand: losses make their result as large as what they reduce, for a
-# time, and QR takes results that share a storage for one and the same.
-_RESIZE_OR_ALIAS = {
+# Their overloads do not fit. Losses make their result as large as what they reduce, for a time. QR takes results that share
+# a storage for one and the same. Batch norm in training gets an input that is not contiguous wrong (torch 2.13 on the CPU).
+_UNFIT = {
     _aten.binary_cross_entropy.default,
     _aten.mse_loss.default,
     _aten.smooth_l1_loss.default,
     _aten.huber_loss.default,
     _aten.soft_margin_loss.default,
     _aten.linalg_qr.default,
+    _aten.native_batch_norm.default,
+    _aten._native_batch_norm_legit.default,
+    _aten._native_batch_norm_legit.no_stats,
 }
