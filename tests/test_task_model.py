@@ -159,10 +159,11 @@ def test_embeddings_with_max_norm(generator, task_batching, order):
 
 
 @pytest.mark.parametrize("task_batching", ["auto", "loop"])
+@pytest.mark.parametrize("middle", [lambda: nn.Linear(4, 4), lambda: nn.BatchNorm1d(4)], ids=["linear", "batch norm"])
 @pytest.mark.parametrize("table", ["adapted", "shared", "frozen"])
-def test_max_norm_of_a_tied_table(generator, table, task_batching):
+def test_max_norm_of_a_tied_table(generator, table, middle, task_batching):
     """The output layer reads rows that the look-ups of the tasks before have shortened, and no others."""
-    model = nn.Sequential(nn.Embedding(9, 4, max_norm=0.7), nn.Linear(4, 4), nn.Linear(4, 9)).double()
+    model = nn.Sequential(nn.Embedding(9, 4, max_norm=0.7), middle(), nn.Linear(4, 9)).double()
     model[2].weight = model[0].weight
     model[0].weight.requires_grad_(table != "frozen")
     plain = copy.deepcopy(model)

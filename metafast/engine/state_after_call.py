@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from metafast.engine.module_attributes import Attributes, Change, replace_tensors, tensors_in
-from metafast.engine.replay_state import Buffers, RandomState
+from metafast.engine.replay_state import Buffers, RandomState, written_parameters
 from metafast.engine.stray_tensors import BatchedStrays, forget
 
 _functorch = torch._C._functorch
 
 
 class StateBefore:
-    """A module's attributes and buffers and the random state, before a call.
+    """A module's attributes, buffers and parameters that its forward writes to, and the random state, before a call.
 
     Args:
         module: is called.
@@ -36,12 +36,19 @@ class StateBefore:
         self._attributes = Attributes(module)
         self._buffers = Buffers(module)
         self._random = RandomState(device)
+        self._tables = [(p, p.detach().clone()) for p in written_parameters(module).values()]
 
     def restore(self) -> None:
         """Puts all of it back."""
         self._attributes.restore()
         self._buffers.restore()
         self._random.restore()
+        self._restore_tables()
+
+    def _restore_tables(self) -> None:
+        for parameter, values in self._tables:
+            # Without a new version: graphs hold copies.
+            parameter.data.copy_(values)
 
     def restore_random(self) -> None:
         """Puts the random state alone back."""
@@ -56,6 +63,7 @@ class StateBefore:
             finally:
                 self._attributes.restore()
                 self._random.restore()
+                self._restore_tables()
 
     def difference(self, again: Callable[[], Any], settled: set[str], strays: BatchedStrays | None) -> str | None:
         """What of the state after a call under vmap differs from what a loop over tasks leaves; None if nothing does.
@@ -115,6 +123,8 @@ class StateBefore:
             return []
         with StateBefore(self._module, self._device).scratch():
             self._random.restore()
+            # Rows that the first call has shortened would be the change.
+            self._restore_tables()
             found = again()
         same = all(map(_is_equal, _tensors(result), _tensors(found)))
         return [] if same else [change.path for change in changes]
