@@ -39,6 +39,10 @@ REFUSED = {
     "nn.GaussianNLLLoss": "it looks whether a variance is negative",
     "AdaptiveLogSoftmaxWithLoss": "how many labels a cluster has decides on shapes",
     "CrossMapLRN2d": "it resizes tensors in place",
+    **dict.fromkeys(
+        ("Embedding of bounded norm", "Embedding of bounded norm, padded", "EmbeddingBag of bounded norm"),
+        "its look-ups write to a parameter",
+    ),
     "Embedding sparse, padded": "a sparse gradient's shape depends on the ids",
 }
 """What may be refused under capture, and why."""
