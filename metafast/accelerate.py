@@ -28,12 +28,12 @@ from torch import Tensor, nn
 
 from metafast.ops.attention import scaled_dot_product_attention
 from metafast.ops.batching import FUNCTIONS, METHODS
-from metafast.ops.embedding import embedding, embedding_bag
-from metafast.ops.gelu import gelu
-from metafast.ops.layer_norm import layer_norm
-from metafast.ops.linear import linear
-from metafast.ops.norms import batch_norm, group_norm, instance_norm
-from metafast.ops.rms_norm import rms_norm
+from metafast.ops.layers.embedding import embedding, embedding_bag
+from metafast.ops.layers.gelu import gelu
+from metafast.ops.layers.layer_norm import layer_norm
+from metafast.ops.layers.linear import linear
+from metafast.ops.layers.norms import batch_norm, group_norm, instance_norm
+from metafast.ops.layers.rms_norm import rms_norm
 
 __all__ = ["Acceleration", "accelerate"]
 
@@ -251,7 +251,7 @@ def accelerate(model: nn.Module) -> Acceleration:
             grads = torch.autograd.grad(loss, params, create_graph=True)
 
     As a handle, calls of the model and of its parts are, in every thread, until ``handle.remove()``. Both nest. Whether
-    the fused or the reference path runs is decided as for any op (see :class:`metafast.use_backend`).
+    the fused or the reference path of attention runs is decided as for any op (see :class:`metafast.use_backend`).
 
     Torch's inference kernels for Transformers, which have no derivatives, stay off meanwhile, whatever the model's mode.
 

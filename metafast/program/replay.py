@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from metafast.ops.linear import library as _library  # noqa: F401 - defines an op that is named below
+from metafast.ops.layers import library as _library  # noqa: F401 - defines an op that is named below
 from metafast.program.aliases import Aliases, Root, aliased_argument, reshapes_in_place, results, written_arguments
 from metafast.program.memory import Arena, block
 from metafast.program.rewrite import simplify

@@ -21,6 +21,7 @@ from metafast.ops.task_update.validation import (
     reasons_against_fused,
     values,
 )
+from metafast.ops.torch_internals import are_transforms_active
 
 __all__ = ["task_update"]
 
@@ -88,7 +89,7 @@ def _results(rule: Rule, arguments: Arguments, step: int, backend: str | None) -
     some = bool(groups[1])  # are not frozen
     fused = some and resolve_backend("task_update", backend, reasons_against_fused(groups[0][0].device)) == "fused"
     # Kernels that run here and now look at each tensor themselves.
-    if not fused or torch._C._are_functorch_transforms_active():
+    if not fused or are_transforms_active():
         check_tensors(rule, arguments)
     if not some:
         return tuple([] for _ in range(1 + len(rule.state_names)))
