@@ -147,3 +147,12 @@ def test_cotangents_and_tangents_that_are_missing_are_zeros(rule: Rule) -> None:
         products += torch.func.jvp(one, (grads[0].detach(),), (grads[0].detach().cos(),))[1]
         found.append([p.detach() for p in products])
     assert_equal(found[0], found[1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_tasks_a_shared_parameter_and_a_rate_get_zeros(backend: str) -> None:
+    """Of a parameter that is longer than what a kernel sums at a time."""
+    param, lr = torch.randn(20_000, requires_grad=True), torch.tensor(0.1, requires_grad=True)
+    (new,), _ = task_update(SGD(0.1), [param], [torch.randn(0, 20_000)], rates={"lr": lr}, backend=backend)
+    for leaf, product in zip((param, lr), torch.autograd.grad(new.sum(), (param, lr)), strict=True):
+        torch.testing.assert_close(product, torch.zeros_like(leaf))

@@ -145,8 +145,8 @@ template <class C>
 METAFAST_INLINE void chunk(const Rule<C>& rule, const Item& item, int64_t begin, int64_t end, C* sums, double* totals) {
   const size_t inputs = item.in.size(), outputs = item.out.size();
   const unsigned summed = summed_outputs(rule.sums, item);
-  const bool in_place = is_stored_as<C>(item.type);
-  if (in_place && is_direct(item, summed)) return direct_chunk(rule, item, summed, begin, end, sums);
+  const bool as_stored = is_stored_as<C>(item.type);  // operands are read and written where they lie
+  if (as_stored && is_direct(item, summed)) return direct_chunk(rule, item, summed, begin, end, sums);
 
   alignas(64) C loaded[kMaxInputs][kStrip], made[kMaxOutputs][kStrip];
   // What is absent is read from one strip, and what is not wanted written to one: the others stay in the cache.
@@ -164,13 +164,13 @@ METAFAST_INLINE void chunk(const Rule<C>& rule, const Item& item, int64_t begin,
     const Input& operand = item.in[i];
     const bool none = operand.from == From::number && operand.value == 0;
     in[i] = none ? absent : loaded[i];
-    in_move[i] = in_place && operand.from >= From::all_tasks ? kStrip : 0;
+    in_move[i] = as_stored && operand.from >= From::all_tasks ? kStrip : 0;
     if (!none && operand.from <= From::scalar)
       std::fill_n(loaded[i], std::min(end - begin, kStrip), static_cast<C>(scalar_value(operand)));
   }
   for (size_t o = 0; o < outputs; ++o) {
     const Keep keep = item.out[o].keep;
-    const bool moves = keep == Keep::task_sum ? summed >> o & 1 : keep == Keep::each_task && in_place;
+    const bool moves = keep == Keep::task_sum ? summed >> o & 1 : keep == Keep::each_task && as_stored;
     out[o] = keep == Keep::nothing ? unwanted : made[o];
     out_move[o] = moves ? kStrip : 0;
     some_made |= out[o] == made[o] && !moves;
@@ -187,7 +187,7 @@ METAFAST_INLINE void chunk(const Rule<C>& rule, const Item& item, int64_t begin,
         out[o] = summed >> o & 1 ? sums + o * kRow : static_cast<C*>(item.out[o].data) + row + begin;
     for (int64_t e = begin; e < end; e += kStrip) {
       const int64_t n = std::min(end - e, kStrip);
-      if (!in_place)
+      if (!as_stored)
         for (size_t i = 0; i < inputs; ++i)
           if (item.in[i].from >= From::all_tasks)
             load(item.in[i].data, item.type, (item.in[i].from == From::each_task ? row : 0) + e, loaded[i], n);
@@ -304,15 +304,14 @@ struct Chunks {
     int64_t work = kBlock;
     for (size_t i = 0; i < plan.items.size(); ++i) {
       const Item& item = plan.items[i];
-      const int64_t tasks = std::max<int64_t>(item.tasks, 1);
-      const int64_t length = tasks == 1 ? kChunk : kRow;
+      const int64_t length = item.tasks == 1 ? kChunk : kRow;
       for (int64_t begin = 0; begin < item.elements; begin += length) {
         if (work >= kBlock) {
           blocks.push_back(chunks.size());
           work = 0;
         }
         const int64_t end = std::min(begin + length, item.elements);
-        work += (end - begin) * tasks;
+        work += (end - begin) * std::max<int64_t>(item.tasks, 1);
         chunks.push_back({i, begin, end});
       }
     }
@@ -342,7 +341,6 @@ void store_totals(const Plan& plan, const std::vector<Chunk>& chunks, const std:
 }  // namespace
 
 void run(const Plan& plan, const Kernels& kernels, const void* coefficients_in_float, const void* coefficients_in_double) {
-  if (plan.items.empty()) return;
   const Rule<float> in_float = {kernels.sums, kernels.together, kernels.in_float, coefficients_in_float};
   const Rule<double> in_double = {kernels.sums, kernels.together, kernels.in_double, coefficients_in_double};
   const auto float_chunk = chunk_function<float>();
@@ -350,7 +348,7 @@ void run(const Plan& plan, const Kernels& kernels, const void* coefficients_in_f
 
   ask_for_huge_pages(plan);
   const auto [chunks, blocks] = Chunks(plan);
-  const size_t outputs = plan.items[0].out.size(), block_count = blocks.size() - 1;
+  const size_t outputs = plan.items.empty() ? 0 : plan.items[0].out.size(), block_count = blocks.size() - 1;
   const size_t threads = std::max<size_t>(1, std::min<size_t>(block_count, torch::stable::get_num_threads()));
   std::vector<double> totals(plan.scalars.empty() ? 0 : chunks.size() * outputs);
   const int64_t sums_size = sums_over_tasks(plan) ? int64_t(outputs) * kRow : 0;

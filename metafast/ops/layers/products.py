@@ -15,10 +15,7 @@ from metafast.ops.torch_internals import (
     multiplies_float16,
 )
 
-_SUPPORTED = {
-    torch.bfloat16: multiplies_bfloat16,
-    torch.float16: multiplies_float16,
-}
+_SUPPORTED = {torch.bfloat16: multiplies_bfloat16, torch.float16: multiplies_float16}
 
 
 def are_slow(*tensors: Tensor) -> bool:
