@@ -57,7 +57,7 @@ sanitize: install
 	cd $(SANITIZED) && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
 	  $(CURDIR)/$(RUN) -m pytest -c $(CURDIR)/pyproject.toml -p no:cacheprovider -k "$(SANITIZE_TESTS)" \
-	  $(CURDIR)/tests/test_task_update.py $(CURDIR)/tests/test_task_update_outer.py \
+	  $(CURDIR)/tests/test_task_update.py \
 	  $(CURDIR)/tests/test_task_update_variants.py $(CURDIR)/tests/test_attention.py
 
 SANITIZE_TESTS := (task_update and not transforms and not finite and not torch_optim) or \

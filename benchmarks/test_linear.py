@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from metafast.backend import extension
-from metafast.ops.linear import linear
+from metafast.ops.layers.linear import linear
 
 # Tasks, rows of a task, width. Layers are as wide, twice (feed-forward) and three times (query, key and value).
 SIZES = {"S": (4, 320, 64), "M": (4, 640, 128), "L": (2, 1280, 256), "X": (2, 2048, 128)}

@@ -1,7 +1,7 @@
 // The extension module metafast._C. Importing it registers the kernels of the files beside it with torch's dispatcher
 // (the schemas are in metafast/ops/<op>/library.py); the module itself only says how it was built.
 
-#include <pybind11/pybind11.h>
+#include <Python.h>
 
 #include "cpu/isa/capability.h"
 
@@ -20,23 +20,27 @@ const char* compiler() {
 #endif
 }
 
-pybind11::dict build_info() {
-  pybind11::dict info;
-  info["compiler"] = compiler();
-  info["flags"] = METAFAST_FLAGS;
-  info["abi_target"] = METAFAST_STRING(TORCH_TARGET_VERSION);
-  info["cpu_capability"] = metafast::capability_name(metafast::cpu_capability());
+PyObject* build_info(PyObject*, PyObject*) {
+  const char* const architectures =
 #ifdef METAFAST_CUDA_ARCHITECTURES
-  info["cuda_architectures"] = METAFAST_CUDA_ARCHITECTURES;
+      METAFAST_CUDA_ARCHITECTURES;
 #else
-  info["cuda_architectures"] = pybind11::none();
+      nullptr;  // None
 #endif
-  return info;
+  return Py_BuildValue(
+      "{s:s, s:s, s:s, s:s, s:z}", "compiler", compiler(), "flags", METAFAST_FLAGS, "abi_target",
+      METAFAST_STRING(TORCH_TARGET_VERSION), "cpu_capability", metafast::capability_name(metafast::cpu_capability()),
+      "cuda_architectures", architectures);
 }
+
+PyMethodDef methods[] = {
+    {"build_info", build_info, METH_NOARGS, "Compiler, flags, ABI target and what the kernels use on this machine."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "_C", "Compiled kernels of metafast", 0, methods, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
 
-PYBIND11_MODULE(_C, module) {
-  module.doc() = "Compiled kernels of metafast";
-  module.def("build_info", &build_info, "Compiler, flags, ABI target and what the kernels use on this machine.");
-}
+PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }

@@ -12,7 +12,7 @@ said, and add it.
 
 Torch's batching rules are wrong for some functions where derivatives are taken outside of ``vmap`` (``ops/batching``): what
 stands in for them is put in as functions of ``torch`` and as methods of ``torch.Tensor``. The ``forward`` of batch norm
-is replaced for modules with ``momentum=None``, which otherwise could not be recorded (``ops/norms/cumulative.py``).
+is replaced for modules with ``momentum=None``, which could not be recorded (``ops/layers/cumulative_batch_norm.py``).
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from metafast import computed_once
 from metafast.ops.attention import scaled_dot_product_attention
 from metafast.ops.batching import FUNCTIONS, METHODS
-from metafast.ops.embedding import embedding, embedding_bag
-from metafast.ops.gelu import gelu
-from metafast.ops.layer_norm import layer_norm
-from metafast.ops.linear import linear
-from metafast.ops.norms import batch_norm, cumulative, group_norm, instance_norm
-from metafast.ops.rms_norm import rms_norm
+from metafast.ops.layers import cumulative_batch_norm
+from metafast.ops.layers.embedding import embedding, embedding_bag
+from metafast.ops.layers.gelu import gelu
+from metafast.ops.layers.layer_norm import layer_norm
+from metafast.ops.layers.linear import linear
+from metafast.ops.layers.norms import batch_norm, group_norm, instance_norm
+from metafast.ops.layers.rms_norm import rms_norm
 
 __all__ = ["Acceleration", "accelerate"]
 
@@ -113,7 +114,7 @@ def _of_input(original: Callable[..., Tensor], ours: Callable[..., Tensor]) -> C
 
 
 def _batch_norm_forward(module: _BatchNorm, input: Tensor) -> Tensor:
-    return (cumulative.torch_forward if _is_torchs(input) else cumulative.forward)(module, input)
+    return (cumulative_batch_norm.torch_forward if _is_torchs(input) else cumulative_batch_norm.forward)(module, input)
 
 
 def _fastpath_enabled() -> bool:
@@ -165,7 +166,7 @@ _ORIGINALS = {replacement: original for original, replacement in _REPLACEMENTS.i
 
 _METHODS: dict[tuple[Place, str, Callable[..., Any]], Callable[..., Any]] = {
     **{(Tensor, name, getattr(Tensor, name)): _batched(getattr(Tensor, name), ours) for name, ours in METHODS.items()},
-    (_BatchNorm, "forward", cumulative.torch_forward): _batch_norm_forward,
+    (_BatchNorm, "forward", cumulative_batch_norm.torch_forward): _batch_norm_forward,
 }
 # Those that their class defines, and does not inherit.
 _OWN_METHODS = {(place, name) for place, name, _ in _METHODS if name in vars(place)}
@@ -261,7 +262,7 @@ def accelerate(model: nn.Module) -> Acceleration:
             grads = torch.autograd.grad(loss, params, create_graph=True)
 
     As a handle, calls of the model and of its parts are, in every thread, until ``handle.remove()``. Both nest. Whether
-    the fused or the reference path runs is decided as for any op (see :class:`metafast.use_backend`).
+    the fused or the reference path of attention runs is decided as for any op (see :class:`metafast.use_backend`).
 
     Torch's inference kernels for Transformers, which have no derivatives, stay off meanwhile, whatever the model's mode.
 

@@ -4,6 +4,9 @@
 the fused path where it can run and the reference elsewhere. Precedence: the op's ``backend`` argument, then
 :class:`use_backend`, then the environment variable ``METAFAST_BACKEND``, then ``"auto"``.
 
+The choice is for attention and the task update. The layer ops that ``accelerate`` swaps in run kernels where these exist,
+and torch's own op elsewhere and for ``"reference"`` (``ops/layers/README.md``).
+
 An op resolves the choice once, in its forward. Nothing is looked up in the backward pass: by then the context manager
 may be gone, and autograd's threads never saw it. Under ``torch.compile`` the choice is made when the code is traced.
 """
@@ -40,6 +43,8 @@ class BackendUnavailableError(RuntimeError):
 
 class use_backend:  # noqa: N801 - reads as a verb where it is used, like torch.no_grad
     """Context manager that chooses the backend of every metafast op called inside it, in this thread.
+
+    ``"fused"`` raises where attention or the task update cannot run fused; layer ops never raise for it.
 
     Args:
         backend: ``"auto"``, ``"fused"`` or ``"reference"``.

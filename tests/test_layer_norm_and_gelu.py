@@ -10,9 +10,9 @@ from torch.func import grad, hessian, jacfwd, jvp, vmap
 from torch.utils import _pytree as pytree
 
 import metafast
-from metafast.ops.gelu import gelu
-from metafast.ops.layer_norm import layer_norm
-from metafast.ops.rms_norm import rms_norm
+from metafast.ops.layers.gelu import gelu
+from metafast.ops.layers.layer_norm import layer_norm
+from metafast.ops.layers.rms_norm import rms_norm
 from metafast.testing import relative_error
 
 pytestmark = pytest.mark.usefixtures("fused_cpu")

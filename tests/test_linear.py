@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 import metafast
 from metafast.backend import extension
-from metafast.ops.linear import linear
+from metafast.ops.layers.linear import linear
 from metafast.testing import relative_error
 
 

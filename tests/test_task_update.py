@@ -568,8 +568,6 @@ def test_ops_are_registered_as_they_behave(rule: Rule) -> None:
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(op.op().default, (*groups, *numbers), test_utils=tests)
     check_out(op.op(), (*groups, *numbers))
-    rows = [p.expand_as(g).clone() for p, g in zip(params, grads, strict=True)]
-    torch.library.opcheck(op.op("_").default, (rows, *groups[1:], *numbers), test_utils=tests)
     cotangents = [grads, *(grads if group else [] for group in groups[2:-2])]
     first = [False] if isinstance(rule, SGD) else []
     kept = [bool(group) for group in groups[2:-2]]

@@ -1,8 +1,7 @@
-"""Clipping, frozen parameters and updates in place: what the task update does around a rule."""
+"""Clipping and frozen parameters: what the task update does around a rule."""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from typing import Any
 
@@ -117,41 +116,6 @@ def test_all_parameters_may_be_frozen() -> None:
     assert state == {"exp_avg": [None] * len(params), "exp_avg_sq": [None] * len(params)}
 
 
-@pytest.mark.parametrize("contiguous", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("rule", RULES, ids=str)
-def test_in_place_equals_out_of_place(rule: Rule, backend: str, dtype: torch.dtype, contiguous: bool) -> None:
-    expected, state = randoms(0, dtype=dtype), None
-    params, state_in_place = copy.deepcopy(expected), None
-    if not contiguous:
-        params[0] = params[0].transpose(1, 2).contiguous().transpose(1, 2)
-    pointers = [p.data_ptr() for p in params]
-    for step in range(3):
-        grads = randoms(10 + step, dtype=dtype)
-        expected, state = task_update(rule, expected, grads, state, step=step, backend=backend)
-        held = [] if state_in_place is None else flat(([], state_in_place))
-        updated, state_in_place = task_update(
-            rule, params, grads, state_in_place, step=step, inplace=True, backend=backend
-        )
-        assert all(one is other for one, other in zip(updated, params, strict=True))
-        assert all(one is other for one, other in zip(held, flat(([], state_in_place)), strict=False))
-        assert_equal(flat((params, state_in_place)), flat((expected, state)), 0)
-    assert [p.data_ptr() for p in params] == pointers
-
-
-def test_in_place_refuses_what_it_cannot_do() -> None:
-    grad = torch.ones(TASKS, 2)
-    with pytest.raises(ValueError, match=r"params\[0\]: expected the gradient's shape \(3, 2\), .* got \(2,\)"):
-        task_update(SGD(0.1), [torch.ones(2)], [grad], inplace=True)
-    leaf = torch.ones(TASKS, 2, requires_grad=True)
-    with pytest.raises(ValueError, match=r"params\['w'\]: expected a tensor that requires no gradient"):
-        task_update(SGD(0.1), {"w": leaf}, {"w": grad}, inplace=True)
-    with torch.no_grad():
-        task_update(SGD(0.1), [leaf], [grad], inplace=True)
-    torch.testing.assert_close(leaf.detach(), torch.full((TASKS, 2), 0.9))
-
-
 def test_a_state_for_what_is_not_frozen_is_asked_for() -> None:
     state = {"momentum_buffer": [None, None]}
     with pytest.raises(TypeError, match=r"state\['momentum_buffer'\]\[1\]: expected a tensor, got NoneType"):
@@ -183,3 +147,12 @@ def test_cotangents_and_tangents_that_are_missing_are_zeros(rule: Rule) -> None:
         products += torch.func.jvp(one, (grads[0].detach(),), (grads[0].detach().cos(),))[1]
         found.append([p.detach() for p in products])
     assert_equal(found[0], found[1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_tasks_a_shared_parameter_and_a_rate_get_zeros(backend: str) -> None:
+    """Of a parameter that is longer than what a kernel sums at a time."""
+    param, lr = torch.randn(20_000, requires_grad=True), torch.tensor(0.1, requires_grad=True)
+    (new,), _ = task_update(SGD(0.1), [param], [torch.randn(0, 20_000)], rates={"lr": lr}, backend=backend)
+    for leaf, product in zip((param, lr), torch.autograd.grad(new.sum(), (param, lr)), strict=True):
+        torch.testing.assert_close(product, torch.zeros_like(leaf))

@@ -3,7 +3,7 @@
 // one item through all its tasks: what the tasks share is read once, and what is summed over tasks is summed in order.
 // Totals are summed in a second launch, in the order of the blocks. Nothing is atomic: every run gives the same result.
 
-#include "task_update_ops.h"
+#include "task_update/ops.h"
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/headeronly/util/BFloat16.h>
@@ -49,12 +49,12 @@ struct alignas(16) Pack {
   Stored value[lanes];
 };
 
-__device__ double load_scalar(const void* from, ScalarType type, int64_t at = 0) {
+__device__ double load_scalar(const void* from, ScalarType type) {
   switch (type) {
-    case ScalarType::Double: return static_cast<const double*>(from)[at];
-    case ScalarType::Float: return static_cast<const float*>(from)[at];
-    case ScalarType::BFloat16: return static_cast<float>(static_cast<const c10::BFloat16*>(from)[at]);
-    default: return static_cast<float>(static_cast<const c10::Half*>(from)[at]);
+    case ScalarType::Double: return *static_cast<const double*>(from);
+    case ScalarType::Float: return *static_cast<const float*>(from);
+    case ScalarType::BFloat16: return static_cast<float>(*static_cast<const c10::BFloat16*>(from));
+    default: return static_cast<float>(*static_cast<const c10::Half*>(from));
   }
 }
 
@@ -148,15 +148,8 @@ __global__ void __launch_bounds__(kThreads)
 
     for (int64_t task = 0; task < item.tasks; ++task) {
 #pragma unroll
-      for (int i = 0; i < Rule::inputs; ++i) {
+      for (int i = 0; i < Rule::inputs; ++i)
         if (item.from[i] == From::each_task) load(i, task);
-        if (item.from[i] != From::task_scalar && item.from[i] != From::last_task) continue;
-        const C value = item.from[i] == From::last_task
-                            ? C(task + 1 == item.tasks)
-                            : static_cast<C>(load_scalar(item.in[i], item.scalar_type[i], task));
-#pragma unroll
-        for (int lane = 0; lane < lanes; ++lane) in[lane][i] = value;
-      }
 #pragma unroll
       for (int lane = 0; lane < lanes; ++lane) Rule::element(rule, in[lane], out[lane]);
 #pragma unroll
@@ -217,14 +210,12 @@ int64_t lanes_of(ScalarType type) {
   return type == ScalarType::Double ? 2 : type == ScalarType::Float ? 4 : 8;
 }
 
-template <class Rule>
-int64_t block_count(const Item<Rule>& item) {
+int64_t block_count(const Item& item) {
   const int64_t length = kThreads * kVectors * lanes_of(item.type);
   return (item.elements + length - 1) / length;
 }
 
-template <class Rule>
-bool is_aligned(const Item<Rule>& item) {
+bool is_aligned(const Item& item) {
   bool aligned = item.tasks == 1 || item.elements % lanes_of(item.type) == 0;
   for (const Input& in : item.in)
     if (in.from >= From::all_tasks) aligned &= reinterpret_cast<uintptr_t>(in.data) % 16 == 0;
@@ -236,14 +227,14 @@ bool is_aligned(const Item<Rule>& item) {
 
 // Launches for items that are all stored as Stored: one, or as many as tables are needed.
 template <class Rule, class Stored>
-void launch(const std::vector<const Item<Rule>*>& items, const typename Rule::Options& options, double* totals,
+void launch(const std::vector<const Item*>& items, const typename Rule::Options& options, double* totals,
             cudaStream_t stream) {
   const As<Rule, Arithmetic<Stored>> rule(options);
   for (size_t next = 0; next < items.size();) {
     Table<Rule> table{};
     int64_t blocks = 0;
     for (; next < items.size() && table.size < table.capacity; ++next) {
-      const Item<Rule>& item = *items[next];
+      const Item& item = *items[next];
       Entry<Rule>& entry = table.entries[table.size++];
       entry.tasks = item.tasks;
       entry.elements = item.elements;
@@ -270,7 +261,7 @@ void launch(const std::vector<const Item<Rule>*>& items, const typename Rule::Op
 
 struct Cuda {
   template <class Rule>
-  static void run(const Plan<Rule>& plan, const typename Rule::Options& options) {
+  static void run(const Plan& plan, const typename Rule::Options& options) {
     const torch::stable::accelerator::DeviceGuard guard(plan.device);
     void* handle = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(plan.device, &handle));
@@ -278,7 +269,7 @@ struct Cuda {
 
     // Blocks are numbered through the launches, a type after the other; a total is the sum of a range of them.
     constexpr std::array types = {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16, ScalarType::Half};
-    std::array<std::vector<const Item<Rule>*>, types.size()> items;
+    std::array<std::vector<const Item*>, types.size()> items;
     std::array<int64_t, types.size()> first_block{};
     std::vector<Total> scalars;
     for (const Tensor& scalar : plan.scalars)
@@ -286,7 +277,7 @@ struct Cuda {
     int64_t blocks = 0;
     for (size_t t = 0; t < types.size(); ++t) {
       first_block[t] = blocks;
-      for (const Item<Rule>& item : plan.items) {
+      for (const Item& item : plan.items) {
         if (item.type != types[t] || item.elements == 0) continue;
         items[t].push_back(&item);
         const int64_t begin = blocks;

@@ -6,12 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.autograd_function import VmapInfo
 
-from metafast.backend import extension, requested_backend
+from metafast.ops import torch_internals as internals
 
-_functorch = torch._C._functorch
-_RANDOMNESS = {getattr(_functorch.RandomnessType, name.capitalize()): name for name in ("error", "same", "different")}
+_RANDOMNESS = {getattr(internals.RandomnessType, name.capitalize()): name for name in ("error", "same", "different")}
 
 
 class Function(torch.autograd.Function):
@@ -23,33 +21,33 @@ class Function(torch.autograd.Function):
 
     @classmethod
     def apply(cls, *inputs: Any) -> Any:
-        if not torch._C._are_functorch_transforms_active():
+        if not internals.are_transforms_active():
             # Tensors that a finished transform had wrapped are dead wrappers, which only the dispatcher sees through.
             return super(torch.autograd.Function, cls).apply(  # type: ignore[misc]
-                *(_functorch.unwrap_if_dead(value) if isinstance(value, Tensor) else value for value in inputs)
+                *(internals.unwrap_if_dead(value) if isinstance(value, Tensor) else value for value in inputs)
             )
-        top = _functorch.peek_interpreter_stack()
-        if top.level() > 1 or top.key() != _functorch.TransformType.Vmap:
+        top = internals.innermost_transform()
+        if top.level() > 1 or top.key() != internals.TransformType.Vmap:
             return super().apply(*inputs)
-        return _batched_apply(cls, _functorch.CVmapInterpreterPtr(top), inputs)
+        return _batched_apply(cls, internals.VmapTransform(top), inputs)
 
 
 def _batched_apply(function: type[Function], vmap: Any, inputs: tuple[Any, ...]) -> Any:
     """``function.apply`` under one vmap and nothing else."""
-    pairs = [_functorch._unwrap_batched(value, 1) if isinstance(value, Tensor) else (value, None) for value in inputs]
+    pairs = [internals.unwrap_batched(value, 1) if isinstance(value, Tensor) else (value, None) for value in inputs]
     values, in_dims = zip(*pairs, strict=True)
-    info = VmapInfo(vmap.batchSize(), _RANDOMNESS[vmap.randomness()])
-    layer = _functorch.pop_dynamic_layer_stack()
+    info = internals.VmapInfo(vmap.batchSize(), _RANDOMNESS[vmap.randomness()])
+    layer = internals.leave_transform()
     try:
         if all(dim is None for dim in in_dims):
             return function.apply(*values)
         outputs, out_dims = function.vmap(info, in_dims, *values)
     finally:
-        _functorch.push_dynamic_layer_stack(layer)
+        internals.enter_transform(layer)
     if isinstance(outputs, Tensor):
-        return _functorch._add_batch_dim(outputs, out_dims, 1)
+        return internals.wrap_batched(outputs, out_dims, 1)
     return tuple(
-        _functorch._add_batch_dim(output, dim, 1) if isinstance(output, Tensor) and dim is not None else output
+        internals.wrap_batched(output, dim, 1) if isinstance(output, Tensor) and dim is not None else output
         for output, dim in zip(outputs, out_dims, strict=True)
     )
 
@@ -93,29 +91,12 @@ def is_forward_over_forward() -> bool:
 
     Torch differentiates what a Function's ``jvp`` computes as if it were constant there: the result is wrong, silently.
     """
-    if not torch._C._are_functorch_transforms_active():
+    if not internals.are_transforms_active():
         return False
-    stack = _functorch.get_interpreter_stack() or ()
-    return sum(level.key() == _functorch.TransformType.Jvp for level in stack) > 1
+    stack = internals.transforms() or ()
+    return sum(level.key() == internals.TransformType.Jvp for level in stack) > 1
 
 
 def is_forward_mode() -> bool:
     """Whether forward mode is entered, by ``torch.func.jvp`` or by ``torch.autograd.forward_ad``."""
-    return torch.autograd.forward_ad._current_level >= 0
-
-
-def has_cpu_kernels(*tensors: Tensor) -> bool:
-    """Whether the small ops that only ``accelerate`` swaps in run their kernels on these tensors, and torch's own elsewhere.
-
-    float32 or float64, one dtype, on the CPU, with the extension loaded, and the reference backend not asked for. Nor does
-    forward mode over forward mode run them.
-    """
-    dtype = tensors[0].dtype
-    return (
-        dtype in (torch.float32, torch.float64)
-        and all(tensor.dtype == dtype and tensor.device.type == "cpu" for tensor in tensors)
-        and not torch.compiler.is_compiling()
-        and requested_backend() != "reference"
-        and not is_forward_over_forward()
-        and extension() is not None
-    )
+    return internals.forward_mode_level() >= 0

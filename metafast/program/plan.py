@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from metafast.ops.linear import library as _library  # noqa: F401 - defines an op that is named below
+from metafast.ops.layers import library as _library  # noqa: F401 - defines an op that is named below
 from metafast.program.aliases import Aliases, Root, aliased_argument, results, written_arguments
 from metafast.program.arena import Arena
 from metafast.program.recording import draws_random_numbers

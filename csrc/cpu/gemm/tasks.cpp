@@ -1,5 +1,5 @@
 // Sums of matrix products of several tasks on the CPU: what linear layers and their derivatives are made of. Formulas in
-// metafast/ops/linear/README.md.
+// metafast/ops/layers/README.md.
 //
 // A BLAS adds nothing but its own result to a matrix, and packs for any size; here a product starts from what it is added to, the
 // right factor is laid out a part at a time, and the left one is read where it lies.

@@ -1,5 +1,5 @@
 // Backward and double backward of GELU on the CPU, in one vectorised pass each. The forward is torch's own.
-// Formulas in metafast/ops/gelu/README.md.
+// Formulas in metafast/ops/layers/README.md.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

@@ -1,5 +1,5 @@
 // Layer normalisation with weights of each task's own on the CPU: forward, backward, and the tangent of the backward, which is
-// its double backward. Formulas in metafast/ops/layer_norm/README.md.
+// its double backward. Formulas in metafast/ops/layers/README.md.
 //
 // Shapes: input and what is shaped like it [T, R, C], weight and bias [T, C], statistics [T, R, 2] (mean, 1 / standard deviation).
 

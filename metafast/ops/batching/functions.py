@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from metafast.ops.batching.own_memory import as_strided
+from metafast.ops.torch_internals import are_transforms_active
 
 Function = Callable[..., Any]
 
@@ -20,7 +21,7 @@ def under_transforms(function: Function) -> Function:
     """``function`` where a transform is active, and NotImplemented elsewhere."""
 
     def standing_in(*args: Any, **kwargs: Any) -> Any:
-        return function(*args, **kwargs) if torch._C._are_functorch_transforms_active() else NotImplemented
+        return function(*args, **kwargs) if are_transforms_active() else NotImplemented
 
     return standing_in
 

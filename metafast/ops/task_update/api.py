@@ -10,7 +10,7 @@ from torch import Tensor
 
 from metafast.backend import resolve_backend
 from metafast.inner import Rule
-from metafast.ops.task_update import autograd, library, reference
+from metafast.ops.task_update import autograd, reference
 from metafast.ops.task_update.clipping import clipped
 from metafast.ops.task_update.validation import (
     Arguments,
@@ -21,6 +21,7 @@ from metafast.ops.task_update.validation import (
     reasons_against_fused,
     values,
 )
+from metafast.ops.torch_internals import are_transforms_active
 
 __all__ = ["task_update"]
 
@@ -35,7 +36,6 @@ def task_update(
     *,
     rates: Mapping[str, Tensor | Tensors] | None = None,
     step: int = 0,
-    inplace: bool = False,
     backend: str | None = None,
 ) -> tuple[Container, dict[str, Container]]:
     """One step of an update rule for all parameters of T tasks, differentiable in every tensor that it takes.
@@ -54,8 +54,6 @@ def task_update(
             dimensions, of any of these dtypes; or a container as ``params`` of such tensors or of tensors ``[*shape]``,
             a rate for each single parameter, with the parameter's dtype.
         step: number of the step, from 0.
-        inplace: write the results over ``params`` and ``state``, which must then be ``[T, *shape]`` and require no
-            gradient, and return these. For first-order work: nothing is differentiable.
         backend: ``"auto"``, ``"fused"`` or ``"reference"``; see :mod:`metafast.backend`.
 
     Returns:
@@ -68,13 +66,13 @@ def task_update(
     """
     found, names = arranged(rule, params, grads, state, rates, step), rule.state_names
     if torch.compiler.is_compiling():
-        check_tensors(rule, found, inplace)
-        results = _results(rule, found, step, inplace, backend)
+        check_tensors(rule, found)
+        results = _results(rule, found, step, backend)
     else:
         try:
-            results = _results(rule, found, step, inplace, backend)
+            results = _results(rule, found, step, backend)
         except Exception:
-            check_tensors(rule, found, inplace)
+            check_tensors(rule, found)
             raise
     if not all(found.updated):
         before = [
@@ -86,40 +84,22 @@ def task_update(
     return _contained(results[0], params), {name: _contained(tensors, params) for name, tensors in named}
 
 
-def _results(
-    rule: Rule, arguments: Arguments, step: int, inplace: bool, backend: str | None
-) -> tuple[list[Tensor], ...]:
+def _results(rule: Rule, arguments: Arguments, step: int, backend: str | None) -> tuple[list[Tensor], ...]:
     groups = arguments.groups
-    olds = (groups[0], *groups[2:-2])
     some = bool(groups[1])  # are not frozen
     fused = some and resolve_backend("task_update", backend, reasons_against_fused(groups[0][0].device)) == "fused"
-    over = inplace and fused and all(tensor.is_contiguous() for old in olds for tensor in old)
-    recorded = over and torch.is_grad_enabled() and any(tensor.requires_grad for old in olds for tensor in old)
-    # Kernels that run here and now look at each tensor themselves, but not at what autograd would lose.
-    if not fused or torch._C._are_functorch_transforms_active() or inplace != over or recorded:
-        check_tensors(rule, arguments, inplace)
+    # Kernels that run here and now look at each tensor themselves.
+    if not fused or are_transforms_active():
+        check_tensors(rule, arguments)
     if not some:
         return tuple([] for _ in range(1 + len(rule.state_names)))
-    if not inplace:
-        return (autograd.update if fused else reference.update)(rule, _with_clipped(rule, groups), step)
-    with torch.no_grad():
-        if over:
-            return library.update_in_place(rule, _with_clipped(rule, groups), step)
-        news = (library if fused else reference).update(rule, _with_clipped(rule, groups), step)
-        return tuple(_copied(old, new) for old, new in zip(olds, news, strict=True))
+    return (autograd.update if fused else reference.update)(rule, _with_clipped(rule, groups), step)
 
 
 def _with_clipped(rule: Rule, groups: tuple[list[Tensor], ...]) -> tuple[list[Tensor], ...]:
     if rule.clip_norm is None and rule.clip_value is None:
         return groups
     return (groups[0], clipped(groups[1], rule.clip_norm, rule.clip_value), *groups[2:])
-
-
-def _copied(old: list[Tensor], new: list[Tensor]) -> list[Tensor]:
-    """The new numbers in the old tensors, where there are any."""
-    for target, tensor in zip(old, new if old else (), strict=True):
-        target.copy_(tensor)
-    return old or new
 
 
 def _merged(new: list[Tensor], old: Any, updated: list[bool]) -> list[Tensor]:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from metafast.inner import Rule
-from metafast.ops.functions import Function, all_batched
+from metafast.ops.functions import Function, all_batched, is_forward_mode
 from metafast.ops.task_update import library, reference
+from metafast.ops.torch_internals import are_transforms_active
 
 __all__ = ["update"]
 
@@ -40,9 +41,9 @@ def update(rule: Rule, groups: Sequence[Group], step: int) -> tuple[list[Tensor]
 
 def _is_followed(groups: Sequence[Group]) -> bool:
     """Whether autograd or a transform of torch.func looks on; without them a Function is only overhead."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or are_transforms_active():
         return True
-    if torch.autograd.forward_ad._current_level >= 0:
+    if is_forward_mode():
         return True
     return torch.is_grad_enabled() and any(tensor.requires_grad for group in groups for tensor in group)
 

@@ -1,11 +1,11 @@
 """The native ops: their schemas, what they return as far as shapes go, and the call for each rule.
 
 The schemas are defined here and not in the extension so that they exist without it; the kernels are registered by
-``csrc/cpu/task_update/task_update.cpp`` and ``csrc/cuda/task_update.cu`` when the extension loads.
+``csrc/cpu/task_update/ops.cpp`` and ``csrc/cuda/task_update.cu`` when the extension loads.
 
 An op takes a list of tensors for each group: parameters, gradients, each state that the rule may keep, learning rates,
-weight decays; then the rule's numbers. Its product takes the cotangents of the results first. ``<op>_`` writes over
-parameters and state and returns only what was not there to write over; ``<op>.out`` writes into a list for each result.
+weight decays; then the rule's numbers. Its product takes the cotangents of the results first. ``<op>.out`` writes into a
+list for each result.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from metafast.inner import SGD, Adam, AdamW, RMSprop, Rule
 from metafast.ops.schemas import define_with_out
 
-__all__ = ["is_linear", "outer_update", "outer_update_in_place", "supports", "update", "update_in_place", "vjp"]
+__all__ = ["is_linear", "supports", "update", "vjp"]
 
 Group = Sequence[Tensor]
 Numbers = tuple[float | bool, ...]
@@ -48,19 +48,13 @@ class _Op:
     says_first: bool = False
 
     def define(self) -> None:
-        """Registers schemas and shapes of the update, the update in place and the product."""
+        """Registers schemas and shapes of the update and the product."""
         state = [f"{name}s" for name in self.states]
         groups = ["params", "grads", *state, *_RATES]
         results = ", ".join(["Tensor[]"] * (1 + len(state)))
         taken = ", ".join(f"Tensor[] {group}" for group in groups)
         define_with_out(_library, f"{self.name}({taken}, {self.schema}) -> ({results})")
-        written = ["params", *state]
-        taken_over = ", ".join(
-            f"Tensor({chr(97 + written.index(group))}!)[] {group}" if group in written else f"Tensor[] {group}"
-            for group in groups
-        )
-        _library.define(f"{self.name}_({taken_over}, {self.schema}) -> ({results})")
-        cotangents = ", ".join(f"Tensor[] d_{group}" for group in written)
+        cotangents = ", ".join(f"Tensor[] d_{group}" for group in ("params", *state))
         first = "bool first, " if self.says_first else ""
         products = ", ".join(["Tensor[]"] * len(groups))
         define_with_out(
@@ -69,7 +63,6 @@ class _Op:
             f"-> ({products})",
         )
         torch.library.register_fake(f"metafast::{self.name}", self._fake, lib=_library)
-        torch.library.register_fake(f"metafast::{self.name}_", self._fake_in_place, lib=_library)
         torch.library.register_fake(f"metafast::{self.name}_vjp", self._fake_vjp, lib=_library)
 
     def op(self, suffix: str = "") -> Any:
@@ -93,12 +86,6 @@ class _Op:
         grads = arguments[1]
         kept = self._kept(arguments[4 + len(self.states) :])
         return _like(grads), *(_like(grads) if keep else [] for keep in kept)
-
-    def _fake_in_place(self, *arguments: Any) -> tuple[list[Tensor], ...]:
-        _check_devices(arguments)
-        grads, states = arguments[1], arguments[2 : 2 + len(self.states)]
-        kept = self._kept(arguments[4 + len(self.states) :])
-        return [], *(_like(grads) if keep and not old else [] for keep, old in zip(kept, states, strict=True))
 
     def _fake_vjp(self, *arguments: Any) -> tuple[list[Tensor], ...]:
         count = len(self.states)
@@ -151,14 +138,6 @@ def update(rule: Rule, groups: Sequence[Group], step: int) -> tuple[list[Tensor]
     return _kept_of(op, rule, op.op()(*_arguments(op, rule, groups), *op.numbers(rule, step)))
 
 
-def update_in_place(rule: Rule, groups: Sequence[Group], step: int) -> tuple[list[Tensor], ...]:
-    """As :func:`update`, over the parameters and the state, all contiguous; what is returned includes them."""
-    op = _OPS[type(rule)]
-    made = _kept_of(op, rule, op.op("_")(*_arguments(op, rule, groups), *op.numbers(rule, step)))
-    states = groups[2 : 2 + len(rule.state_names)]
-    return list(groups[0]), *(list(old) if old else new for old, new in zip(states, made[1:], strict=True))
-
-
 def vjp(
     rule: Rule,
     cotangents: Sequence[Group],
@@ -206,23 +185,6 @@ def vjp(
     return (list(cotangents[0]), *products[1:]) if same else products
 
 
-def outer_update(
-    bases: Sequence[Tensor], values: Sequence[Tensor], weights: Sequence[Tensor], scale: float
-) -> list[Tensor]:
-    """base + scale · Σ_t weight_t (value_t − base), for bases ``[*shape]`` (none: 0) and values ``[T, *shape]``.
-
-    ``weights`` are none, for 1, or one contiguous tensor ``[T]``.
-    """
-    return torch.ops.metafast.outer_update(bases, values, weights, scale)
-
-
-def outer_update_in_place(
-    bases: Sequence[Tensor], values: Sequence[Tensor], weights: Sequence[Tensor], scale: float
-) -> None:
-    """As :func:`outer_update`, over the bases, which are contiguous."""
-    torch.ops.metafast.outer_update_(bases, values, weights, scale)
-
-
 def _arguments(op: _Op, rule: Rule, groups: Sequence[Group]) -> list[Any]:
     return [*groups[:2], *op.padded(rule.state_names, groups[2:]), *groups[-2:]]
 
@@ -244,16 +206,3 @@ def _like(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 for _op in (_SGD, _ADAM, _RMSPROP):
     _op.define()
-
-define_with_out(_library, "outer_update(Tensor[] bases, Tensor[] values, Tensor[] weights, float scale) -> Tensor[]")
-_library.define("outer_update_(Tensor(a!)[] bases, Tensor[] values, Tensor[] weights, float scale) -> Tensor[]")
-
-
-@torch.library.register_fake("metafast::outer_update", lib=_library)
-def _(bases: list[Tensor], values: list[Tensor], weights: list[Tensor], scale: float) -> list[Tensor]:
-    return [value.new_empty(value.shape[1:]) for value in values]
-
-
-@torch.library.register_fake("metafast::outer_update_", lib=_library)
-def _(bases: list[Tensor], values: list[Tensor], weights: list[Tensor], scale: float) -> list[Tensor]:
-    return []

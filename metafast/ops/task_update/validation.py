@@ -64,7 +64,7 @@ def arranged(
     return Arguments(groups, params, updated)
 
 
-def check_tensors(rule: Rule, arguments: Arguments, inplace: bool) -> None:
+def check_tensors(rule: Rule, arguments: Arguments) -> None:
     """Checks each tensor. The kernels refuse any that this does, at no cost, but cannot say which one it is.
 
     Raises:
@@ -96,14 +96,6 @@ def check_tensors(rule: Rule, arguments: Arguments, inplace: bool) -> None:
                 _check_shape(name, labels, i, tensor, grad.shape[1:], "no dimensions or the parameter's shape {}")
             _check_dtype(_entry(name, labels, i), tensor)
             _check_kind(name, labels, i, tensor, tensor.dtype if tensor.dim() == 0 else grad.dtype, grad.device)
-    for k in (0, *states) if inplace else ():
-        for i, (tensor, grad) in enumerate(zip(groups[k], grads, strict=True) if groups[k] else ()):
-            _check_shape(names[k], labels, i, tensor, grad.shape, "the gradient's shape {}, to be updated in place")
-            if torch.is_grad_enabled() and tensor.requires_grad:
-                raise ValueError(
-                    f"{_entry(names[k], labels, i)}: expected a tensor that requires no gradient, to be updated in "
-                    "place; detach it or call under torch.no_grad()"
-                )
 
 
 def reasons_against_fused(device: torch.device) -> list[str]:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metafast.ops.torch_internals import are_transforms_active
+
 _torch_embedding = torch.embedding
 _torch_embedding_bag = torch.embedding_bag
 
@@ -27,7 +29,7 @@ def embedding(
     Returns:
         ``[*, D]``.
     """
-    if not torch._C._are_functorch_transforms_active():
+    if not are_transforms_active():
         return _torch_embedding(weight, indices, padding_idx, scale_grad_by_freq, sparse and weight.is_leaf)
     if scale_grad_by_freq:
         # A table that all tasks share is read by all of them in one call of torch's: as a table of each task's own, each
@@ -56,5 +58,5 @@ def embedding_bag(
         indices, offsets, scale_grad_by_freq, mode, others, options: as torch takes them.
         sparse: give a sparse gradient to a table that is a leaf.
     """
-    sparse = sparse and weight.is_leaf and not torch._C._are_functorch_transforms_active()
+    sparse = sparse and weight.is_leaf and not are_transforms_active()
     return _torch_embedding_bag(weight, indices, offsets, scale_grad_by_freq, mode, sparse, *others, **options)

@@ -1,4 +1,4 @@
-"""How layer normalisation is differentiated; formulas in README.md."""
+"""``torch.layer_norm`` with weights of each task's own, and a double backward that is one pass over memory."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metafast.ops.functions import Function, all_batched, batched, has_cpu_kernels, is_forward_mode, save
-from metafast.ops.layer_norm import library as _library  # noqa: F401 - defines the ops
-from metafast.ops.layer_norm import reference
+from metafast.ops.functions import Function, all_batched, batched, is_forward_mode, save
+from metafast.ops.layers import library as _library  # noqa: F401 - defines the ops
+from metafast.ops.layers import norm_reference as reference
+from metafast.ops.layers.kernels import runs_kernels
 
 _torch_layer_norm = torch.layer_norm
 _ops = torch.ops.metafast
@@ -39,7 +40,7 @@ def layer_norm(
     size = math.prod(shape)
     fits = shape and tuple(input.shape[-len(shape) :]) == shape and all(tuple(x.shape) == shape for x in given)
     if fits and size > 0:
-        if has_cpu_kernels(input, *given):
+        if runs_kernels("layer_norm", input, *given):
             scale, offset = (
                 torch.full((size,), default, dtype=input.dtype) if tensor is None else tensor.reshape(size)
                 for tensor, default in ((weight, 1.0), (bias, 0.0))

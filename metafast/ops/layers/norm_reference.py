@@ -1,7 +1,7 @@
-"""Layer normalisation and its derivatives in plain PyTorch, differentiable to any order; formulas in README.md.
+"""Normalisations in plain PyTorch, and the derivatives of layer normalisation; formulas in README.md.
 
-Where tasks stand side by side, ``input`` is ``[*tasks, *, C]``; ``weight`` and ``bias`` are ``[*tasks, C]`` with as many
-leading dimensions as there are kinds of tasks, none for a single one.
+All of it is differentiable to any order. In the derivatives ``input`` is ``[*tasks, *, C]`` where tasks stand side by side,
+and ``weight`` and ``bias`` are ``[*tasks, C]``, with as many leading dimensions as there are kinds of tasks.
 """
 
 from __future__ import annotations
@@ -14,6 +14,31 @@ def layer_norm(input: Tensor, dims: int, weight: Tensor | None, bias: Tensor | N
     """``torch.layer_norm`` over the last ``dims`` dimensions of one task, in float32 where the input is of a half type."""
     normal = normalised(input, tuple(range(-dims, 0)), eps)
     return scaled(normal, weight, bias).to(input.dtype)
+
+
+def rms_norm(input: Tensor, dims: int, weight: Tensor | None, eps: float | None) -> Tensor:
+    """``torch.rms_norm`` over the last ``dims`` dimensions, in float32 where the input is of a half type."""
+    wide = input.to(torch.promote_types(input.dtype, torch.float32))
+    if eps is None:
+        eps = torch.finfo(wide.dtype).eps
+    normal = wide * torch.rsqrt(wide.square().mean(tuple(range(-dims, 0)), keepdim=True) + eps)
+    return (normal if weight is None else normal * weight).to(input.dtype)
+
+
+def batch_norm(input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """Of ``[B, C, *]``, as are the other normalisations of channels."""
+    normal = normalised(input, (0, *range(2, input.ndim)), eps)
+    return _scaled_channels(normal, weight, bias).to(input.dtype)
+
+
+def instance_norm(input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    normal = normalised(input, tuple(range(2, input.ndim)), eps)
+    return _scaled_channels(normal, weight, bias).to(input.dtype)
+
+
+def group_norm(input: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    normal = normalised(input.reshape(input.shape[0], groups, -1), (2,), eps).reshape(input.shape)
+    return _scaled_channels(normal, weight, bias).to(input.dtype)
 
 
 def normalised(input: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
@@ -67,6 +92,11 @@ def backward_jvp(
 def beside(weight: Tensor, input: Tensor) -> Tensor:
     """A weight of each task, broadcast over the task's rows."""
     return weight.reshape(*weight.shape[:-1], *(1,) * (input.ndim - weight.ndim), weight.shape[-1])
+
+
+def _scaled_channels(normal: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    beside = (-1, *(1,) * (normal.ndim - 2))
+    return scaled(normal, *(None if x is None else x.reshape(beside) for x in (weight, bias)))
 
 
 def _normalised(input: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from metafast.ops.functions import is_forward_mode
-from metafast.ops.norms import reference
+from metafast.ops.layers import norm_reference as reference
 
 _torch_batch_norm = torch.batch_norm
 _torch_instance_norm = torch.instance_norm

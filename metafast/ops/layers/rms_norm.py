@@ -1,3 +1,5 @@
+"""``torch.rms_norm``, right in forward mode too."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -6,7 +8,7 @@ import torch
 from torch import Tensor
 
 from metafast.ops.functions import is_forward_mode
-from metafast.ops.rms_norm import reference
+from metafast.ops.layers import norm_reference as reference
 
 _torch_rms_norm = torch.rms_norm
 

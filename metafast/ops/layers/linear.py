@@ -1,4 +1,8 @@
-"""The batching rule, and the derivatives of what it computes; formulas in README.md."""
+"""``torch.nn.functional.linear`` for tasks side by side: a matrix product a task, however the rows of its input lie.
+
+Under ``vmap`` over weights, torch multiplies every leading index of the input by a copy of the task's matrix and adds the
+bias afterwards. A task's rows all meet the same matrix, so they are one matrix, and the bias rides on the product.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,8 @@ import torch
 from torch import Tensor
 
 from metafast.ops.functions import Function, is_forward_over_forward, save
-from metafast.ops.linear import products
+from metafast.ops.layers import products
+from metafast.ops.torch_internals import are_transforms_active
 
 _torch_linear = torch.nn.functional.linear
 
@@ -30,7 +35,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     # Derivatives of complex numbers are conjugated, which ours are not.
     if weight.ndim != 2 or weight.is_complex() or input.is_complex() or is_forward_over_forward():
         return _torch_linear(input, weight, bias)
-    if torch._C._are_functorch_transforms_active():
+    if are_transforms_active():
         return _Linear.apply(input, weight, bias)
     rows, *others = (_as_autocast(tensor) for tensor in (input, weight, bias) if tensor is not None)
     if rows.ndim > 1 and products.are_slow(rows, *others):
@@ -84,7 +89,7 @@ class _Linear(Function):
 
 def _linear_of_tasks(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``rows @ weight.mT + bias`` for ``[T, rows, in]``, ``[T, out, in]`` and ``[T, out]``."""
-    if torch._C._are_functorch_transforms_active():
+    if are_transforms_active():
         return _product(rows, weight, bias)
     # Here, where autograd can still follow, and not beneath it: the Functions would see none of the casts.
     rows, weight = _as_autocast(rows), _as_autocast(weight)
@@ -100,7 +105,11 @@ def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _as_autocast(tensor: Tensor) -> Tensor:
     """As autocast would hand it to a matrix product."""
     kind = tensor.device.type
-    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+    if (
+        tensor.dtype == torch.float64
+        or not torch.amp.is_autocast_available(kind)
+        or not torch.is_autocast_enabled(kind)
+    ):
         return tensor
     return tensor.to(torch.get_autocast_dtype(kind))
 
@@ -117,7 +126,7 @@ class _TasksLinear(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight = ctx.saved_tensors
-        if torch._C._are_functorch_transforms_active():
+        if are_transforms_active():
             # A batch of gradients.
             return _gradients(grad, rows, weight, ctx.needs_input_grad)
         return _TasksLinearBackward.apply(grad, rows, weight, ctx.needs_input_grad)

@@ -3,8 +3,8 @@
 // results go.
 #pragma once
 
-#include "task_update.h"
-#include "task_update_rules.h"
+#include "task_update/plan.h"
+#include "task_update/rules.h"
 
 namespace metafast::task_update {
 
@@ -12,28 +12,20 @@ namespace metafast::task_update {
 template <size_t count>
 using Results = std::array<Tensors, count>;
 
-// Where an op's results go: into new tensors, over what they replace (in place), or into lists of given tensors.
+// The lists of tensors that an op's results are written into; null for new tensors.
 template <size_t count>
-struct Into {
-  bool in_place = false;
-  std::array<const Tensors*, count> given{};
-
-  // What the result with this number is written over; null for new tensors. There may be no `old` ones to replace.
-  const Tensors* over(size_t result, const Tensors& old) const {
-    return in_place && !old.empty() ? &old : given[result];
-  }
-};
+using Into = std::array<const Tensors*, count>;
 
 template <class Kernels, bool learned>
 Results<2> plain_sgd_update(const Into<2>& into, const Tensors& params, const Tensors& grads, const Tensors& lrs,
                             const PlainSgd& rule) {
   using Rule = PlainSgdUpdate<learned>;
-  Planner<Rule> planner(grads);
+  Planner planner(grads, Rule::inputs, Rule::outputs);
   planner.read(Rule::param, params, Shape::either);
   planner.read(Rule::grad, grads);
   if constexpr (learned) planner.read_rate(Rule::lr, lrs, rule.lr);
-  Tensors made = planner.write(Rule::new_param, into.over(0, params));
-  Kernels::run(planner.finished(), rule);
+  Tensors made = planner.write(Rule::new_param, into[0]);
+  Kernels::template run<Rule>(planner.finished(), rule);
   return {std::move(made)};
 }
 
@@ -47,16 +39,16 @@ Results<2> sgd_update(
     return update(into, params, grads, lrs, PlainSgd{lr, weight_decay, maximize});
   }
   using Rule = SgdUpdate;
-  Planner<Rule> planner(grads);
+  Planner planner(grads, Rule::inputs, Rule::outputs);
   planner.read(Rule::param, params, Shape::either);
   planner.read(Rule::grad, grads);
   planner.read(Rule::buffer, buffers);
   planner.read_rate(Rule::lr, lrs, lr);
   planner.read_rate(Rule::weight_decay, decays, weight_decay);
   Results<2> made;
-  made[0] = planner.write(Rule::new_param, into.over(0, params));
-  if (momentum != 0) made[1] = planner.write(Rule::new_buffer, into.over(1, buffers));
-  Kernels::run(planner.finished(), Sgd(momentum, dampening, nesterov, maximize, buffers.empty()));
+  made[0] = planner.write(Rule::new_param, into[0]);
+  if (momentum != 0) made[1] = planner.write(Rule::new_buffer, into[1]);
+  Kernels::template run<Rule>(planner.finished(), Sgd(momentum, dampening, nesterov, maximize, buffers.empty()));
   return made;
 }
 
@@ -65,17 +57,17 @@ Results<5> plain_sgd_update_vjp(
     const Into<5>& into, const Tensors& d_params, const Tensors& grads, const Tensors& lrs, const PlainSgd& rule,
     const std::vector<bool>& shared, bool of_grad) {
   using Rule = PlainSgdVjp<of_param, learned>;
-  Planner<Rule> planner(d_params);
+  Planner planner(d_params, Rule::inputs, Rule::outputs);
   planner.read(Rule::d_param, d_params);
   Results<5> made;
-  if constexpr (of_param) made[0] = planner.write(Rule::to_param, into.given[0], shared);
-  if (of_grad) made[1] = planner.write(Rule::to_grad, into.given[1]);
+  if constexpr (of_param) made[0] = planner.write(Rule::to_param, into[0], shared);
+  if (of_grad) made[1] = planner.write(Rule::to_grad, into[1]);
   if constexpr (learned) {
     planner.read(Rule::grad, grads);
     planner.read_rate(Rule::lr, lrs, rule.lr);
-    made[3] = planner.write_rate(Rule::to_lr, lrs, into.given[3]);
+    made[3] = planner.write_rate(Rule::to_lr, lrs, into[3]);
   }
-  Kernels::run(planner.finished(), rule);
+  Kernels::template run<Rule>(planner.finished(), rule);
   return made;
 }
 
@@ -85,7 +77,7 @@ Results<5> sgd_update_vjp_of(
     const Tensors& buffers, const Tensors& lrs, const Tensors& decays, double lr, double weight_decay, const Sgd& rule,
     const std::vector<bool>& shared, const std::vector<bool>& needed) {
   using Rule = SgdVjp<learned>;
-  Planner<Rule> planner(d_params);
+  Planner planner(d_params, Rule::inputs, Rule::outputs);
   planner.read(Rule::d_param, d_params);
   planner.read(Rule::d_buffer, d_buffers);
   planner.read_rate(Rule::lr, lrs, lr);
@@ -96,14 +88,14 @@ Results<5> sgd_update_vjp_of(
     planner.read(Rule::buffer, buffers);
   }
   Results<5> made;
-  if (needed[0]) made[0] = planner.write(Rule::to_param, into.given[0], shared);
-  if (needed[1]) made[1] = planner.write(Rule::to_grad, into.given[1]);
-  if (needed[2]) made[2] = planner.write(Rule::to_buffer, into.given[2]);
+  if (needed[0]) made[0] = planner.write(Rule::to_param, into[0], shared);
+  if (needed[1]) made[1] = planner.write(Rule::to_grad, into[1]);
+  if (needed[2]) made[2] = planner.write(Rule::to_buffer, into[2]);
   if constexpr (learned) {
-    if (needed[3]) made[3] = planner.write_rate(Rule::to_lr, lrs, into.given[3]);
-    if (needed[4]) made[4] = planner.write_rate(Rule::to_weight_decay, decays, into.given[4]);
+    if (needed[3]) made[3] = planner.write_rate(Rule::to_lr, lrs, into[3]);
+    if (needed[4]) made[4] = planner.write_rate(Rule::to_weight_decay, decays, into[4]);
   }
-  Kernels::run(planner.finished(), rule);
+  Kernels::template run<Rule>(planner.finished(), rule);
   return made;
 }
 
@@ -134,7 +126,7 @@ Results<4> adam_update_of(
     const Into<4>& into, const Tensors& params, const Tensors& grads, const Tensors& averages, const Tensors& squares,
     const Tensors& greatest, const Tensors& lrs, const Tensors& decays, double lr, double weight_decay,
     const Adam& rule) {
-  Planner<Rule> planner(grads);
+  Planner planner(grads, Rule::inputs, Rule::outputs);
   planner.read(Rule::param, params, Shape::either);
   planner.read(Rule::grad, grads);
   planner.read(Rule::average, averages);
@@ -142,14 +134,14 @@ Results<4> adam_update_of(
   planner.read_rate(Rule::lr, lrs, lr);
   planner.read_rate(Rule::weight_decay, decays, weight_decay);
   Results<4> made;
-  made[0] = planner.write(Rule::new_param, into.over(0, params));
-  made[1] = planner.write(Rule::new_average, into.over(1, averages));
-  made[2] = planner.write(Rule::new_square, into.over(2, squares));
+  made[0] = planner.write(Rule::new_param, into[0]);
+  made[1] = planner.write(Rule::new_average, into[1]);
+  made[2] = planner.write(Rule::new_square, into[2]);
   if constexpr (Rule::outputs > 3) {
     planner.read(Rule::greatest, greatest);
-    made[3] = planner.write(Rule::new_greatest, into.over(3, greatest));
+    made[3] = planner.write(Rule::new_greatest, into[3]);
   }
-  Kernels::run(planner.finished(), rule);
+  Kernels::template run<Rule>(planner.finished(), rule);
   return made;
 }
 
@@ -172,7 +164,7 @@ Results<7> adam_update_vjp_of(
     const Tensors& greatest, const Tensors& lrs, const Tensors& decays, double lr, double weight_decay,
     const Adam& rule, const std::vector<bool>& shared, const std::vector<bool>& needed) {
   using Rule = AdamVjp<amsgrad, learned>;
-  Planner<Rule> planner(d_params);
+  Planner planner(d_params, Rule::inputs, Rule::outputs);
   planner.read(Rule::d_param, d_params);
   planner.read(Rule::d_average, d_averages);
   planner.read(Rule::d_square, d_squares);
@@ -183,20 +175,20 @@ Results<7> adam_update_vjp_of(
   planner.read_rate(Rule::lr, lrs, lr);
   planner.read_rate(Rule::weight_decay, decays, weight_decay);
   Results<7> made;
-  if (needed[0]) made[0] = planner.write(Rule::to_param, into.given[0], shared);
-  if (needed[1]) made[1] = planner.write(Rule::to_grad, into.given[1]);
-  if (needed[2]) made[2] = planner.write(Rule::to_average, into.given[2]);
-  if (needed[3]) made[3] = planner.write(Rule::to_square, into.given[3]);
+  if (needed[0]) made[0] = planner.write(Rule::to_param, into[0], shared);
+  if (needed[1]) made[1] = planner.write(Rule::to_grad, into[1]);
+  if (needed[2]) made[2] = planner.write(Rule::to_average, into[2]);
+  if (needed[3]) made[3] = planner.write(Rule::to_square, into[3]);
   if constexpr (amsgrad) {
     planner.read(Rule::greatest, greatest);
     planner.read(Rule::d_greatest, d_greatest);
-    if (needed[4]) made[4] = planner.write(Rule::to_greatest, into.given[4]);
+    if (needed[4]) made[4] = planner.write(Rule::to_greatest, into[4]);
   }
   if constexpr (learned) {
-    if (needed[5]) made[5] = planner.write_rate(Rule::to_lr, lrs, into.given[5]);
-    if (needed[6]) made[6] = planner.write_rate(Rule::to_weight_decay, decays, into.given[6]);
+    if (needed[5]) made[5] = planner.write_rate(Rule::to_lr, lrs, into[5]);
+    if (needed[6]) made[6] = planner.write_rate(Rule::to_weight_decay, decays, into[6]);
   }
-  Kernels::run(planner.finished(), rule);
+  Kernels::template run<Rule>(planner.finished(), rule);
   return made;
 }
 
@@ -226,7 +218,7 @@ Results<4> rmsprop_update(
     const Tensors& averages, const Tensors& lrs, const Tensors& decays, double lr, double alpha, double eps,
     double weight_decay, double momentum, bool centered, bool maximize) {
   using Rule = RmspropUpdate;
-  Planner<Rule> planner(grads);
+  Planner planner(grads, Rule::inputs, Rule::outputs);
   planner.read(Rule::param, params, Shape::either);
   planner.read(Rule::grad, grads);
   planner.read(Rule::square, squares);
@@ -235,11 +227,11 @@ Results<4> rmsprop_update(
   planner.read_rate(Rule::lr, lrs, lr);
   planner.read_rate(Rule::weight_decay, decays, weight_decay);
   Results<4> made;
-  made[0] = planner.write(Rule::new_param, into.over(0, params));
-  made[1] = planner.write(Rule::new_square, into.over(1, squares));
-  if (momentum != 0) made[2] = planner.write(Rule::new_buffer, into.over(2, buffers));
-  if (centered) made[3] = planner.write(Rule::new_average, into.over(3, averages));
-  Kernels::run(planner.finished(), Rmsprop(alpha, eps, momentum, centered, maximize));
+  made[0] = planner.write(Rule::new_param, into[0]);
+  made[1] = planner.write(Rule::new_square, into[1]);
+  if (momentum != 0) made[2] = planner.write(Rule::new_buffer, into[2]);
+  if (centered) made[3] = planner.write(Rule::new_average, into[3]);
+  Kernels::template run<Rule>(planner.finished(), Rmsprop(alpha, eps, momentum, centered, maximize));
   return made;
 }
 
@@ -251,7 +243,7 @@ Results<7> rmsprop_update_vjp_of(
     const Tensors& averages, const Tensors& lrs, const Tensors& decays, double lr, double weight_decay,
     const Rmsprop& rule, const std::vector<bool>& shared, const std::vector<bool>& needed) {
   using Rule = RmspropVjp<learned>;
-  Planner<Rule> planner(d_params);
+  Planner planner(d_params, Rule::inputs, Rule::outputs);
   planner.read(Rule::d_param, d_params);
   planner.read(Rule::d_square, d_squares);
   planner.read(Rule::d_buffer, d_buffers);
@@ -263,17 +255,17 @@ Results<7> rmsprop_update_vjp_of(
   planner.read_rate(Rule::lr, lrs, lr);
   planner.read_rate(Rule::weight_decay, decays, weight_decay);
   Results<7> made;
-  if (needed[0]) made[0] = planner.write(Rule::to_param, into.given[0], shared);
-  if (needed[1]) made[1] = planner.write(Rule::to_grad, into.given[1]);
-  if (needed[2]) made[2] = planner.write(Rule::to_square, into.given[2]);
-  if (needed[3]) made[3] = planner.write(Rule::to_buffer, into.given[3]);
-  if (needed[4]) made[4] = planner.write(Rule::to_average, into.given[4]);
+  if (needed[0]) made[0] = planner.write(Rule::to_param, into[0], shared);
+  if (needed[1]) made[1] = planner.write(Rule::to_grad, into[1]);
+  if (needed[2]) made[2] = planner.write(Rule::to_square, into[2]);
+  if (needed[3]) made[3] = planner.write(Rule::to_buffer, into[3]);
+  if (needed[4]) made[4] = planner.write(Rule::to_average, into[4]);
   if constexpr (learned) {
     planner.read(Rule::buffer, buffers);
-    if (needed[5]) made[5] = planner.write_rate(Rule::to_lr, lrs, into.given[5]);
-    if (needed[6]) made[6] = planner.write_rate(Rule::to_weight_decay, decays, into.given[6]);
+    if (needed[5]) made[5] = planner.write_rate(Rule::to_lr, lrs, into[5]);
+    if (needed[6]) made[6] = planner.write_rate(Rule::to_weight_decay, decays, into[6]);
   }
-  Kernels::run(planner.finished(), rule);
+  Kernels::template run<Rule>(planner.finished(), rule);
   return made;
 }
 
@@ -294,21 +286,6 @@ Results<7> rmsprop_update_vjp(
                  decays, lr, weight_decay, rule, shared, needed);
 }
 
-template <class Kernels>
-Results<1> outer_update(const Into<1>& into, const Tensors& bases, const Tensors& values, const Tensors& weights,
-                        double scale) {
-  using Rule = OuterUpdate;
-  Planner<Rule> planner(values);
-  planner.read(Rule::base, bases, Shape::all_tasks);
-  planner.read(Rule::value, values);
-  planner.read_task_scalars(Rule::weight, weights, 1);
-  planner.read_last_task(Rule::is_last);
-  const std::vector<bool> sums(values.size(), true);
-  Tensors made = planner.write(Rule::updated, into.over(0, bases), sums);
-  Kernels::run(planner.finished(), Outer{scale});
-  return {std::move(made)};
-}
-
 template <size_t>
 using List = const Tensors&;
 
@@ -318,54 +295,39 @@ struct Forms;
 
 template <auto op, size_t count, class... Arguments>
 struct Forms<op, Results<count> (*)(const Into<count>&, Arguments...)> {
-  static auto made(Arguments... arguments) { return returned(op({}, arguments...)); }
-
-  static auto in_place(Arguments... arguments) { return returned(op({.in_place = true}, arguments...)); }
+  static auto made(Arguments... arguments) { return std::tuple_cat(op({}, arguments...)); }
 
   template <class>
   struct Out;
 
   template <size_t... number>
   struct Out<std::index_sequence<number...>> {
-    static void call(Arguments... arguments, List<number>... given) { op({.given = {&given...}}, arguments...); }
+    static void call(Arguments... arguments, List<number>... given) { op({&given...}, arguments...); }
   };
 
   static constexpr auto out = &Out<std::make_index_sequence<count>>::call;
-
- private:
-  static auto returned(Results<count>&& results) {
-    if constexpr (count == 1) return std::move(results[0]);
-    else return std::tuple_cat(std::move(results));
-  }
 };
 
 template <class Kernels, class Library>
 void register_kernels(Library& library) {
   using Sgd = Forms<&sgd_update<Kernels>>;
   library.impl("sgd_update", TORCH_BOX(&Sgd::made));
-  library.impl("sgd_update_", TORCH_BOX(&Sgd::in_place));
   library.impl("sgd_update.out", TORCH_BOX(Sgd::out));
   using SgdVjp = Forms<&sgd_update_vjp<Kernels>>;
   library.impl("sgd_update_vjp", TORCH_BOX(&SgdVjp::made));
   library.impl("sgd_update_vjp.out", TORCH_BOX(SgdVjp::out));
   using Adam = Forms<&adam_update<Kernels>>;
   library.impl("adam_update", TORCH_BOX(&Adam::made));
-  library.impl("adam_update_", TORCH_BOX(&Adam::in_place));
   library.impl("adam_update.out", TORCH_BOX(Adam::out));
   using AdamVjp = Forms<&adam_update_vjp<Kernels>>;
   library.impl("adam_update_vjp", TORCH_BOX(&AdamVjp::made));
   library.impl("adam_update_vjp.out", TORCH_BOX(AdamVjp::out));
   using Rmsprop = Forms<&rmsprop_update<Kernels>>;
   library.impl("rmsprop_update", TORCH_BOX(&Rmsprop::made));
-  library.impl("rmsprop_update_", TORCH_BOX(&Rmsprop::in_place));
   library.impl("rmsprop_update.out", TORCH_BOX(Rmsprop::out));
   using RmspropVjp = Forms<&rmsprop_update_vjp<Kernels>>;
   library.impl("rmsprop_update_vjp", TORCH_BOX(&RmspropVjp::made));
   library.impl("rmsprop_update_vjp.out", TORCH_BOX(RmspropVjp::out));
-  using Outer = Forms<&outer_update<Kernels>>;
-  library.impl("outer_update", TORCH_BOX(&Outer::made));
-  library.impl("outer_update_", TORCH_BOX(&Outer::in_place));
-  library.impl("outer_update.out", TORCH_BOX(Outer::out));
 }
 
 }  // namespace metafast::task_update

@@ -307,27 +307,4 @@ struct RmspropVjp {
   }
 };
 
-// Summed over tasks: base + scale sum of weight (value - base). The base is added with the last task, to the sum of the
-// small differences: it is rounded once.
-struct Outer {
-  double scale;
-
-  template <class C>
-  struct As {
-    C scale;
-    explicit As(const Outer& rule) : scale(C(rule.scale)) {}
-  };
-};
-
-struct OuterUpdate {
-  using Options = Outer;
-  enum In { base, value, weight, is_last, inputs };
-  enum Out { updated, outputs };
-
-  template <class C>
-  static METAFAST_ELEMENT void element(const Outer::As<C>& rule, const C* in, C* out) {
-    out[updated] = rule.scale * in[weight] * (in[value] - in[base]) + in[is_last] * in[base];
-  }
-};
-
 }  // namespace metafast::task_update

@@ -6,13 +6,16 @@ import torch
 from torch import Tensor
 
 from metafast.backend import requested_backend
-from metafast.ops.functions import has_cpu_kernels
-from metafast.ops.linear import library as _library  # noqa: F401 - defines the op
+from metafast.ops.layers import library as _library  # noqa: F401 - defines the op
+from metafast.ops.layers.kernels import runs_kernels
+from metafast.ops.torch_internals import (
+    are_transforms_active,
+    is_legacy_batched,
+    multiplies_bfloat16,
+    multiplies_float16,
+)
 
-_SUPPORTED = {
-    torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
-    torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
-}
+_SUPPORTED = {torch.bfloat16: multiplies_bfloat16, torch.float16: multiplies_float16}
 
 
 def are_slow(*tensors: Tensor) -> bool:
@@ -48,8 +51,8 @@ def total(start: Tensor | None, *pairs: tuple[Tensor | None, Tensor | None]) -> 
         assert result is not None
         return result.to(present[0][0].dtype)
     # The kernel has neither derivatives nor a batching rule (is_grads_batched brings a vmap of its own).
-    beneath = not torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
-    if beneath and has_cpu_kernels(*tensors) and not any(map(torch._C._functorch.is_legacy_batchedtensor, tensors)):
+    beneath = not torch.is_grad_enabled() and not are_transforms_active()
+    if beneath and runs_kernels("linear", *tensors) and not any(map(is_legacy_batched, tensors)):
         return torch.ops.metafast.sum_of_products(start, lefts, rights)
     result = start
     for left, right in present:

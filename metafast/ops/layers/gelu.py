@@ -1,4 +1,4 @@
-"""How GELU is differentiated; formulas in README.md."""
+"""``torch.nn.functional.gelu`` whose double backward is one pass over memory, where torch composes it of a dozen."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metafast.ops.functions import Function, batched, has_cpu_kernels, save
-from metafast.ops.gelu import library as _library  # noqa: F401 - defines the op
-from metafast.ops.gelu.reference import first_derivative, second_derivative
+from metafast.ops.functions import Function, batched, save
+from metafast.ops.layers import library as _library  # noqa: F401 - defines the ops
+from metafast.ops.layers.gelu_reference import first_derivative, second_derivative
+from metafast.ops.layers.kernels import runs_kernels
 
 _torch_gelu = torch.nn.functional.gelu
 
@@ -21,7 +22,7 @@ def gelu(input: Tensor, *, approximate: str = "none") -> Tensor:
         input: any shape.
         approximate: ``"none"`` or, by torch's own op, ``"tanh"``.
     """
-    if approximate != "none" or not has_cpu_kernels(input):
+    if approximate != "none" or not runs_kernels("gelu", input):
         return _torch_gelu(input, approximate=approximate)
     return _Gelu.apply(input)
 

@@ -1,6 +1,6 @@
 // Updates of all parameters of all tasks: the plan that the kernels carry out, and how it is made of lists of tensors.
-// task_update_rules.h has the formulas of each rule for one element, task_update_ops.h the ops, which make a plan of
-// their arguments; csrc/cpu and csrc/cuda hold one `run(plan)` each, for every rule.
+// rules.h has the formulas of each rule for one element, ops.h the ops, which make a plan of their arguments;
+// csrc/cpu/task_update and csrc/cuda hold one `run<Rule>(plan)` each, for every rule.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -10,9 +10,8 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
-#include <tuple>
+#include <span>
 #include <type_traits>
-#include <utility>
 #include <vector>
 
 namespace metafast::task_update {
@@ -30,12 +29,10 @@ using As = typename Rule::Options::template As<C>;
 // Plans: an item for each parameter tensor, T tasks of n elements, all contiguous.
 
 enum class From : uint8_t {
-  number,       // `value`, for every element
-  scalar,       // one element in memory, of a type of its own
-  task_scalar,  // T elements in memory, of a type of their own: one for each task
-  last_task,    // 1 for the last task, 0 for those before it
-  all_tasks,    // n elements that the tasks share
-  each_task,    // T x n elements
+  number,     // `value`, for every element
+  scalar,     // one element in memory, of a type of its own
+  all_tasks,  // n elements that the tasks share
+  each_task,  // T x n elements
 };
 
 // Of operands that are tensors: [T, *shape], [*shape] or either.
@@ -62,18 +59,18 @@ struct Output {
   bool fresh = false;  // new memory, nothing was written there yet
 };
 
-template <class Rule>
 struct Item {
   ScalarType type;
   int64_t tasks, elements;
-  std::array<Input, Rule::inputs> in;
-  std::array<Output, Rule::outputs> out;
+  std::span<Input> in;    // of the rule's order, as are `out`
+  std::span<Output> out;
 };
 
-template <class Rule>
 struct Plan {
   int32_t device = -1;
-  std::vector<Item<Rule>> items;
+  std::vector<Item> items;
+  std::vector<Input> inputs;  // of all items, item by item, as are `outputs`
+  std::vector<Output> outputs;
   Tensors scalars;
   Tensors copies;  // contiguous ones of operands that were not
 };
@@ -103,15 +100,17 @@ inline Tensor empty(const int64_t* sizes, int64_t dim, ScalarType type, const Te
   return Tensor(made);
 }
 
-// Makes a plan of lists of tensors. Items take type and shape [T, *shape] from the tensors `like`. All that is not as it
-// has to be is refused before anything is computed: Python only looks for the argument at fault once that has happened.
-template <class Rule>
+// Makes a plan of lists of tensors, for a rule with so many inputs and outputs. Items take type and shape [T, *shape] from
+// the tensors `like`. All that is not as it has to be is refused before anything is computed: Python only looks for the
+// argument at fault once that has happened.
 class Planner {
  public:
-  explicit Planner(const Tensors& like) : like_(like) {
+  Planner(const Tensors& like, size_t inputs, size_t outputs) : like_(like) {
     if (!like.empty()) device_ = device_of(like[0]);
     plan_.device = device_.index;
     plan_.items.resize(like.size());
+    plan_.inputs.resize(like.size() * inputs);
+    plan_.outputs.resize(like.size() * outputs);
     for (size_t i = 0; i < like.size(); ++i) {
       const auto sizes = like[i].sizes();
       STD_TORCH_CHECK(sizes.size() > 0 && sizes[0] == like[0].size(0),
@@ -122,6 +121,8 @@ class Planner {
       item.tasks = sizes[0];
       item.elements = 1;
       for (size_t d = 1; d < sizes.size(); ++d) item.elements *= sizes[d];
+      item.in = {&plan_.inputs[i * inputs], inputs};
+      item.out = {&plan_.outputs[i * outputs], outputs};
     }
   }
 
@@ -150,21 +151,6 @@ class Planner {
       check_kind(rate);
       plan_.items[i].in[input] = {From::scalar, rate.scalar_type(), rate.data_ptr(), 0};
     }
-  }
-
-  // A tensor [T] for all items, or none for the number.
-  void read_task_scalars(int input, const Tensors& scalars, double number) {
-    for (auto& item : plan_.items) {
-      item.in[input].value = number;
-      if (scalars.empty()) continue;
-      STD_TORCH_CHECK(scalars[0].dim() == 1 && scalars[0].size(0) == item.tasks && scalars[0].is_contiguous(),
-                      "task_update: expected one contiguous tensor with a number for each task");
-      item.in[input] = {From::task_scalar, scalars[0].scalar_type(), scalars[0].data_ptr(), 0};
-    }
-  }
-
-  void read_last_task(int input) {
-    for (auto& item : plan_.items) item.in[input].from = From::last_task;
   }
 
   // Tensors [T, *shape]; [*shape], the sum over tasks, for the items that `shared` marks. New ones, or those of `over`:
@@ -213,7 +199,7 @@ class Planner {
   }
 
   // Where nothing is shared or summed over tasks, the tasks of an item are one long row. One task alone shares nothing.
-  const Plan<Rule>& finished() {
+  const Plan& finished() {
     for (auto& item : plan_.items) {
       bool rows = false;
       for (Input& in : item.in) {
@@ -234,7 +220,7 @@ class Planner {
  private:
   const Tensors& like_;
   Device device_;
-  Plan<Rule> plan_;
+  Plan plan_;
 
   void check_count(const Tensors& tensors) const {
     STD_TORCH_CHECK(tensors.size() == plan_.items.size(), "task_update: expected ", plan_.items.size(),

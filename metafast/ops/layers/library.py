@@ -1,7 +1,12 @@
-"""The ops as torch's dispatcher knows them; their kernels are in ``csrc/cpu/layers/layer_norm.cpp``."""
+"""The ops as torch's dispatcher knows them.
+
+The kernels of GELU and of layer normalisation are in ``csrc/cpu/layers/``, that of linear layers is in
+``csrc/cpu/gemm/tasks.cpp``.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +15,22 @@ from torch import Tensor
 from metafast.ops.schemas import define_with_out
 
 _library = torch.library.Library("metafast", "FRAGMENT")
+
+define_with_out(_library, "gelu_backward(Tensor grad, Tensor input) -> Tensor")
+define_with_out(_library, "gelu_double_backward(Tensor grad, Tensor input, Tensor tangent) -> (Tensor, Tensor)")
+
+
+@torch.library.register_fake("metafast::gelu_backward", lib=_library)
+def _(grad: Tensor, input: Tensor) -> Tensor:
+    return torch.empty_like(input.contiguous())
+
+
+@torch.library.register_fake("metafast::gelu_double_backward", lib=_library)
+def _(grad: Tensor, input: Tensor, tangent: Tensor) -> tuple[Tensor, Tensor]:
+    like = input.contiguous()
+    return torch.empty_like(like), torch.empty_like(like)
+
+
 for _schema in (
     "layer_norm_forward(Tensor input, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor)",
     "layer_norm_backward(Tensor grad, Tensor input, Tensor weight, Tensor statistics) -> (Tensor, Tensor, Tensor)",
@@ -32,3 +53,12 @@ def _(grad: Tensor, input: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, 
 @torch.library.register_fake("metafast::layer_norm_backward_jvp", lib=_library)
 def _(grad: Tensor, input: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     return input.new_empty(input.shape), input.new_empty(input.shape), weight.new_empty(weight.shape)
+
+
+# start + sum of lefts[i] @ rights[i], batched; start may have one row for all.
+define_with_out(_library, "sum_of_products(Tensor? start, Tensor[] lefts, Tensor[] rights) -> Tensor")
+
+
+@torch.library.register_fake("metafast::sum_of_products", lib=_library)
+def _(start: Tensor | None, lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> Tensor:
+    return lefts[0].new_empty(*lefts[0].shape[:2], rights[0].shape[2])

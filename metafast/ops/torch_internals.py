@@ -1,0 +1,41 @@
+"""Every private name of torch that the ops use: what to look at when a new torch comes out."""
+
+from __future__ import annotations
+
+import torch
+from torch._functorch import autograd_function as _autograd_function
+
+_functorch = torch._C._functorch
+
+# What a Function's vmap is told: batch size and randomness.
+VmapInfo = _autograd_function.VmapInfo
+# Whether a transform of torch.func is entered.
+are_transforms_active = torch._C._are_functorch_transforms_active
+# The transforms that are entered, from the outermost to the innermost; None without any.
+transforms = _functorch.get_interpreter_stack
+# The innermost of them.
+innermost_transform = _functorch.peek_interpreter_stack
+# What kind of transform one is.
+TransformType = _functorch.TransformType
+# A transform that is a vmap, with its batch size and its randomness.
+VmapTransform = _functorch.CVmapInterpreterPtr
+# How a vmap treats random numbers.
+RandomnessType = _functorch.RandomnessType
+# Leaves the innermost transform for a while, and enters it again.
+leave_transform = _functorch.pop_dynamic_layer_stack
+enter_transform = _functorch.push_dynamic_layer_stack
+# A tensor of a vmap's level as the tensor that holds the batch, with the batch's dimension; and back.
+unwrap_batched = _functorch._unwrap_batched
+wrap_batched = _functorch._add_batch_dim
+# What is in a wrapper whose transform is over.
+unwrap_if_dead = _functorch.unwrap_if_dead
+# Whether a tensor is of the older vmap, which torch.autograd.grad(is_grads_batched=True) uses.
+is_legacy_batched = _functorch.is_legacy_batchedtensor
+# Whether oneDNN multiplies matrices of these types with instructions for them on this CPU.
+multiplies_bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported
+multiplies_float16 = torch.ops.mkldnn._is_mkldnn_fp16_supported
+
+
+def forward_mode_level() -> int:
+    """The level of forward mode that is entered, by torch.func.jvp or torch.autograd.forward_ad; -1 for none."""
+    return torch.autograd.forward_ad._current_level
