@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
+from torch import Tensor
+
 __all__ = ["GRANULARITIES", "SGD", "Adam", "AdamW", "RMSprop", "Rule"]
 
 GRANULARITIES: dict[str, str] = {
@@ -50,7 +52,7 @@ class Rule:
     clip_norm: float | None = None
     clip_value: float | None = None
 
-    rate_names: ClassVar[tuple[str, ...]] = ()
+    rate_names: ClassVar[tuple[str, ...]] = ("lr", "weight_decay")
     """The numbers that tensors can replace."""
 
     def __post_init__(self) -> None:
@@ -79,6 +81,40 @@ class Rule:
     def keeps_state(self) -> bool:
         """Whether a step needs what the step before remembered of each parameter."""
         return bool(self.state_names)
+
+    def formula(
+        self,
+        step: int,
+        param: Tensor,
+        grad: Tensor,
+        state: Mapping[str, Tensor | None],
+        lr: Tensor | float,
+        weight_decay: Tensor | float | None,
+    ) -> tuple[Tensor, ...]:
+        """One step for one parameter tensor, in plain PyTorch: the method that a new rule writes.
+
+        A class that overrides this method runs on the reference path. The rules of this module have kernels instead and do
+        not use it. A new rule has a number ``lr``; ``weight_decay`` and ``maximize`` are optional. Its ``state_names`` say
+        what it remembers.
+
+        Args:
+            step: number of the step, from 0.
+            param: ``[T, *shape]``, or ``[*shape]`` where all tasks share the parameter, as at the first step.
+            grad: gradient ``[T, *shape]``, clipped already, and negated where ``maximize`` is set.
+            state: what the step before returned, by ``state_names``; None at the first step.
+            lr: learning rate: the rule's number, or a tensor that broadcasts with ``param``.
+            weight_decay: likewise; None where there is none.
+
+        Returns:
+            The next parameter ``[T, *shape]`` and the next state, in the order of ``state_names``. They must be
+            differentiable in all tensors for ``order=2``.
+        """
+        raise NotImplementedError(f"{type(self).__name__}: expected a rule with a formula of its own")
+
+    @property
+    def has_own_formula(self) -> bool:
+        """Whether :meth:`formula` computes the step, and no kernel."""
+        return type(self).formula is not Rule.formula
 
     def __str__(self) -> str:
         given = (f for f in fields(self) if getattr(self, f.name) != f.default)

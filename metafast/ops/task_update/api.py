@@ -44,7 +44,7 @@ def task_update(
     first derivative is one such call too, and keeps no tensor in memory unless a rate is a tensor.
 
     Args:
-        rule: one of :mod:`metafast.inner`.
+        rule: one of :mod:`metafast.inner`, or a rule with a formula of its own (:meth:`metafast.inner.Rule.formula`).
         params: list, tuple or dict of tensors, each ``[T, *shape]`` or, the same for all tasks, ``[*shape]``; float32,
             float64, bfloat16 or float16 (computed in float32), on one device.
         grads: a gradient ``[T, *shape]`` for each parameter tensor, in a container as ``params``, with its dtypes. None
@@ -92,7 +92,7 @@ def _results(
     groups = arguments.groups
     olds = (groups[0], *groups[2:-2])
     some = bool(groups[1])  # are not frozen
-    fused = some and resolve_backend("task_update", backend, reasons_against_fused(groups[0][0].device)) == "fused"
+    fused = some and resolve_backend("task_update", backend, _reasons_against_fused(rule, groups)) == "fused"
     over = inplace and fused and all(tensor.is_contiguous() for old in olds for tensor in old)
     recorded = over and torch.is_grad_enabled() and any(tensor.requires_grad for old in olds for tensor in old)
     # Kernels that run here and now look at each tensor themselves, but not at what autograd would lose.
@@ -107,6 +107,11 @@ def _results(
             return library.update_in_place(rule, _with_clipped(rule, groups), step)
         news = (library if fused else reference).update(rule, _with_clipped(rule, groups), step)
         return tuple(_copied(old, new) for old, new in zip(olds, news, strict=True))
+
+
+def _reasons_against_fused(rule: Rule, groups: tuple[list[Tensor], ...]) -> list[str]:
+    without = [] if library.supports(rule) else [f"no kernel for the rule {type(rule).__name__}"]
+    return [*without, *reasons_against_fused(groups[0][0].device)]
 
 
 def _with_clipped(rule: Rule, groups: tuple[list[Tensor], ...]) -> tuple[list[Tensor], ...]:
