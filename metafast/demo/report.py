@@ -1,4 +1,4 @@
-"""What a run says at its end: one table, one file of numbers, one plot."""
+"""The report at the end of a run: one table, one file of numbers, one plot."""
 
 from __future__ import annotations
 

@@ -38,9 +38,9 @@ class Capture:
     """Functions of a module's parameters and buffers and of other tensors, replayed.
 
     Args:
-        module: whose parameters and buffers the functions use. How many replays are compared with the function itself, its
-            ``capture_check`` says.
-        watched: names of its attributes, modules or other objects, whose own attributes the functions may set.
+        module: the functions use its parameters and buffers. Its ``capture_check`` is the number of replays that are
+            compared with the function itself.
+        watched: names of its attributes (modules or other objects) on which the functions may set attributes.
     """
 
     def __init__(self, module: nn.Module, watched: tuple[str, ...] = ()) -> None:
@@ -54,10 +54,12 @@ class Capture:
         self._left: set[tuple[int, Any]] = set()
 
     def replay(self, name: str, function: Callable[..., Any], *arguments: Any, update_buffers: bool = True) -> Any:
-        """``function(*arguments)`` without a graph; recorded when the name, the arguments' structure and shapes, or
-        anything in :meth:`_settings` is new.
+        """``function(*arguments)`` without a graph.
+
+        It is recorded where the name, the structure or shapes of the arguments, or anything in :meth:`_settings` is new.
 
         Args:
+            name: name of the program.
             function: gives a pytree of tensors; runs with the module's parameters as leaves of a graph of its own.
             arguments: pytrees of tensors; None stands for itself.
             update_buffers: whether buffers get the values that the function leaves in them.
@@ -210,7 +212,7 @@ class Capture:
         )
 
     def _settings(self, device: str) -> Iterator[tuple[str, Any]]:
-        """What the module's functions depend on besides tensors, by name."""
+        """The settings that the module's functions depend on besides tensors, by name."""
         yield "grad mode", torch.is_grad_enabled()
         yield "backend", requested_backend()
         yield "autocast", (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
@@ -219,7 +221,7 @@ class Capture:
             yield from self._module_settings(name, module, _NO_SETTINGS if name else _NO_OPTIONS)
 
     def _module_settings(self, path: str, module: nn.Module, without: frozenset[str]) -> Iterator[tuple[str, Any]]:
-        """What may change in a module between calls: numbers, strings, which tensors it has besides its own, its hooks."""
+        """The settings of a module that may change between calls: numbers, strings, plain tensors, hooks."""
         own = vars(module)
         yield f"class of {path}", type(module)
         for name, value in own.items():
@@ -253,7 +255,7 @@ class _Kept(NamedTuple):
 
 
 class _Recording(NamedTuple):
-    """What was recorded.
+    """A recorded program and what it leaves behind.
 
     Attributes:
         program: gives the function's result, the values of buffers, and tensors that were left in attributes.
@@ -277,10 +279,10 @@ _NO_OPTIONS = _NO_SETTINGS | {"outcome", "_graphs_fit"}
 
 
 def _places(program: Program, made: list[tuple[Change, Tensor]]) -> tuple[list[Place | None], list[str]]:
-    """Where the last tensors of a program's results belong, and the paths where a replay cannot put them.
+    """The places of the last tensors of a program's results, and the paths where a replay cannot put them.
 
-    What is the same at every call stays what an ordinary call made it. An attribute that the call does not read gets the
-    tensor of each replay.
+    A value that is the same at every call stays as an ordinary call made it. An attribute that the call does not read gets
+    the tensor of each replay.
     """
     read = {id(tensor) for tensor in program.reached}
     left: list[Place | None] = []

@@ -1,4 +1,4 @@
-"""What a call in Python leaves on a model besides parameters and buffers: attributes of its modules."""
+"""Attributes of a model's modules, besides parameters and buffers, that a call in Python leaves changed."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Attributes:
             now.restore()
 
     def changes(self) -> list[Change]:
-        """Where tensors and objects are other ones, or numbers, strings and the like have other values."""
+        """The places where tensors and objects are other ones, or numbers, strings and the like have other values."""
         found: list[Change] = []
         for path, holder, before, members in self._kept:
             if _is_same(holder, before):

@@ -38,7 +38,7 @@ class StateBefore:
         self._random = RandomState(device)
 
     def restore(self) -> None:
-        """Puts all of it back."""
+        """Puts attributes, buffers and random state back."""
         self._attributes.restore()
         self._buffers.restore()
         self._random.restore()
@@ -58,8 +58,9 @@ class StateBefore:
                 self._random.restore()
 
     def difference(self, again: Callable[[], Any], settled: set[str], strays: BatchedStrays | None) -> str | None:
-        """What of the state after a call under vmap differs from what a loop over tasks leaves; None if nothing does.
-        Tensors of a vmap that is over are made ordinary ones: the last task's, as in a loop.
+        """How the state after a call under vmap differs from the state after a loop over tasks; None if it does not.
+
+        Tensors of a finished vmap become ordinary ones: the last task's, as in a loop.
 
         Args:
             again: makes the call once more.
@@ -104,7 +105,7 @@ class StateBefore:
         return {change.path for change in self.changes() if not _made_ordinary(change)}
 
     def influence(self, result: Any, again: Callable[[], Any]) -> list[str]:
-        """What a call has changed and the next one depends on, so that the order of calls matters: paths, none if nothing.
+        """Paths that a call changes and that the next call depends on, so that the order of calls matters.
 
         Args:
             result: of the call.
@@ -120,7 +121,7 @@ class StateBefore:
         return [] if same else [change.path for change in changes]
 
     def changes(self) -> list[Change]:
-        """What differs from before the call."""
+        """The differences from the state before the call."""
         return [
             Change(path.removeprefix("model."), *rest)
             for path, *rest in (*self._attributes.changes(), *self._buffers.changes())

@@ -13,10 +13,10 @@ Params = dict[str, Tensor]
 
 
 class PerStep:
-    """A support set of its own for every inner step: ``meta(metafast.PerStep([batch_0, …, batch_K−1]), query)``.
+    """A support set per inner step: ``meta(metafast.PerStep([batch_0, …, batch_K−1]), query)``.
 
     Args:
-        batches: at least as many as there are inner steps, each as a support set is otherwise.
+        batches: support sets, at least as many as there are inner steps.
 
     Raises:
         ValueError: ``batches`` is empty.

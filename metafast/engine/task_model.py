@@ -49,10 +49,10 @@ class TaskModel:
     batches: tasks share nothing, so the gradient of summed outputs holds each task's own.
 
     Args:
-        module: any module; a call of it gives a pytree of tensors. What else is in the pytree is the same for all tasks.
+        module: any module; a call of it gives a pytree of tensors. Other leaves of the pytree are the same for all tasks.
         task_batching: ``"vmap"``, ``"loop"``, or ``"auto"``: vmap unless that gives something else than the loop does.
-        prefix: of the names by which parameters are given.
-        in_steps: calls of a task follow each other, with those of others between them.
+        prefix: put before the given names of parameters.
+        in_steps: whether a task has several calls, with calls of other tasks between them.
     """
 
     def __init__(
@@ -87,7 +87,8 @@ class TaskModel:
         Args:
             own: parameters (or buffers) ``[T, *shape]`` of each task.
             shared: parameters ``[*shape]`` that stand in for the module's, the same for all tasks.
-            inputs, named: positional and keyword arguments, task dimension first.
+            inputs: positional arguments, task dimension first.
+            named: keyword arguments, task dimension first.
             options: keyword arguments that are the same for all tasks.
         """
 
@@ -291,7 +292,7 @@ class TaskLosses:
 
     @property
     def settled(self) -> frozenset[str]:
-        """As of :class:`TaskModel`."""
+        """As for :class:`TaskModel`."""
         return self._model.settled
 
     def compute(self, own: Params, shared: Params, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""What a model gives for one task, and the same for all."""
+"""Outputs of a model for one task, and the outputs of all tasks put together."""
 
 from __future__ import annotations
 

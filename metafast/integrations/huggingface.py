@@ -83,7 +83,7 @@ def attention(
 
 
 def mask(**arguments: Any) -> Tensor | None:
-    """transformers' boolean mask (True: may attend), left out only where shapes alone say that it can be."""
+    """The boolean mask of transformers (True: may attend), left out only where shapes alone allow it."""
     from transformers.masking_utils import sdpa_mask
 
     if arguments.get("attention_mask") is not None:

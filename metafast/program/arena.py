@@ -1,4 +1,4 @@
-"""Where each intermediate value lies: one block of memory, places used again as soon as a value is dead."""
+"""Places of intermediate values in one block of memory. A place is used again as soon as its value is dead."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ class Built:
                 ]
 
     def _call(self, node: fx.Node) -> Any:
-        """What a node's value is, after its call was noted down, or made, if it is made but once."""
+        """Notes a node's call down, or makes it where it is made only once, and returns the node's value."""
         target: Any = node.target
         args, kwargs = self._now(self._moved(node)), self._now(node.kwargs)
         if reshapes_in_place(node):

@@ -16,7 +16,7 @@ from metafast.program.stack_elision import Part, parts_of_stacks
 
 
 class Plan:
-    """What to do with each node of a graph.
+    """The plan of a program: for each node of a graph, whether and when it runs and where its result lies.
 
     Attributes:
         nodes: of the graph, in order.

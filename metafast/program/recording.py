@@ -44,7 +44,7 @@ class NotRecordableError(RuntimeError):
 
 
 class Recorded:
-    """A graph of operations on tensors, and the structure of what they give.
+    """A graph of operations on tensors, and the structure of their results.
 
     Attributes:
         module: one placeholder an input, one flat list of outputs. Tensors that the function reached in other ways (buffers,

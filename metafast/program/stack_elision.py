@@ -17,7 +17,7 @@ _aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Part:
-    """Where in a stack a value lies that is read nowhere else.
+    """The place in a stack of a value that is read nowhere else.
 
     Attributes:
         stack: the call of ``torch.stack``.
@@ -71,7 +71,7 @@ def parts_of_stacks(nodes: Sequence[fx.Node], running: set[fx.Node], aliases: Al
 
 
 def _unpermuted(value: Any) -> tuple[fx.Node, tuple[int, ...]]:
-    """What ``value`` is a permutation of, and which of its dimensions each of ``value``'s is."""
+    """The value that ``value`` is a permutation of, and its dimension for each dimension of ``value``."""
     rank = value.meta["val"].ndim
     order = tuple(range(rank))
     while value.target in (_aten.permute.default, _aten.transpose.int):
