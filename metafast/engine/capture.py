@@ -35,7 +35,7 @@ Key = tuple[tuple[str, Any], ...]
 
 
 class Capture:
-    """Functions of a module's parameters and buffers and of other tensors, replayed.
+    """Records and replays functions of a module's parameters and buffers and of other tensors.
 
     Args:
         module: the functions use its parameters and buffers. Its ``capture_check`` is the number of replays that are
@@ -143,7 +143,7 @@ class Capture:
         return _Kept(program, buffers, recording.left, Check(self._replays(), seconds, inputs))
 
     def _recorded_once(self, call: Call, inputs: list[Tensor]) -> _Recording:
-        """A program; attributes and buffers are as they were before."""
+        """Records a program and puts attributes and buffers back as they were before."""
         before = self._attributes()
         buffers: dict[str, bool] = {}
         # What changed: tensors, by themselves or inside of something, and everything else.
@@ -185,7 +185,7 @@ class Capture:
         return Attributes(*(getattr(self._module, name) for name in self._watched))
 
     def _state(self) -> tuple[dict[str, Tensor], tuple[tuple[str, str], ...]]:
-        """The module's parameters and buffers by their first names; and every name of them, with the first one."""
+        """The module's parameters and buffers by their first names; and all their names, each with the first name."""
         first: dict[int, str] = {}
         state: dict[str, Tensor] = {}
         names = []
@@ -239,13 +239,13 @@ Place = tuple[Any, Any]
 
 
 class _Kept(NamedTuple):
-    """A program, and what is done with its results.
+    """A program, and the places of its results.
 
     Attributes:
-        program: gives the function's result, buffers, and what it leaves in attributes.
-        buffers: names of those that it changes; None for those whose values it gives as they were.
-        left: places for the last of these; None for what stays as it is.
-        check: of its first replays.
+        program: gives the function's result, the values of buffers, and tensors that the function leaves in attributes.
+        buffers: names of the buffers, in the order of their values; None for a buffer that the program does not change.
+        left: places of the tensors that are left in attributes; None for an attribute that stays as it is.
+        check: the comparison of the first replays.
     """
 
     program: Program
@@ -259,10 +259,10 @@ class _Recording(NamedTuple):
 
     Attributes:
         program: gives the function's result, the values of buffers, and tensors that were left in attributes.
-        buffers: those that may have changed, and whether others stand in their places.
-        left: as of :class:`_Kept`.
-        new: attributes and caches that the call left as other ones than before.
-        moving: those among them that a replay cannot leave as the call does.
+        buffers: the buffers that may have changed, by name, and whether other tensors took their places.
+        left: as in :class:`_Kept`.
+        new: attributes and caches that the call changed.
+        moving: the changed attributes and caches that a replay cannot leave as the call does.
     """
 
     program: Program

@@ -4,9 +4,9 @@ Step k computes every task's gradient at its θ_k and applies the rule. Forward 
 with checkpointing, only θ_k: backward then rebuilds one step's graph at a time, takes the rule's vector-Jacobian product
 around one Hessian-vector product, and frees it. Both give the same gradient; memory is that of K steps or of one.
 
-That product is reverse over reverse. Forward over reverse (Pearlmutter, Neural Computation 1994) does the same matrix
-products, of a rebuilt step: it can neither use kept graphs nor reach less memory to speak of, and is slower (``bench
-meta_step --select hessian``), so there is no such variant.
+The product is reverse over reverse. Forward over reverse (Pearlmutter, Neural Computation 1994) does the same matrix
+products of a rebuilt step. It cannot use kept graphs, saves hardly any memory and is slower (``bench meta_step --select
+hessian``). There is no such variant.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ class LearnedRates(nn.Module):
                 self.register_parameter(rate, nn.Parameter(rates))
 
     def check_names(self, params: Iterable[str]) -> None:
-        """Raises ValueError where there are rates for each parameter, and it is no longer those that are adapted."""
+        """Raises ValueError where rates are per tensor or parameter, and other parameters are adapted now."""
         by_name = any(granularity.startswith(("tensor", "parameter")) for granularity in self._granularity.values())
         if by_name and (changed := sorted(set(params) ^ set(self._names))):
             raise ValueError(

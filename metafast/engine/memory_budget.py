@@ -21,7 +21,7 @@ def graphs_fit(step: Callable[[], object], steps: int, device: torch.device) -> 
 
     Args:
         step: computes one step and returns its graph.
-        steps: how many there will be.
+        steps: number of steps of the inner loop.
         device: the device whose memory counts.
     """
     needed = steps * graph_bytes(step)
@@ -38,7 +38,7 @@ def graphs_fit(step: Callable[[], object], steps: int, device: torch.device) -> 
 
 
 class _Saved:
-    """A tensor that autograd keeps, for as long as it keeps it."""
+    """Holds a tensor that autograd keeps; lives as long as autograd keeps it."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor

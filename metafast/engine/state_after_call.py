@@ -1,8 +1,8 @@
-"""Whether tasks side by side leave a model as the loop over tasks would, and putting it back where they do not.
+"""Compares the state of a model after tasks side by side with its state after the loop over tasks, and puts it back.
 
-A loop calls the model once per task. Under vmap it is called once for all: a counter counts one call, and a tensor that
-it keeps is one of all tasks, and dead when vmap is over. What is the same for all tasks, and the same again at the next call
-(a mask, a rotary table), is kept; everything else is for the loop.
+A loop calls the model once per task. Under vmap one call serves all tasks: a counter counts one call, and a tensor that the
+model keeps is one of all tasks, and dead when vmap is over. Values that are equal for all tasks and at the next call (a
+mask, a rotary table) may stay. For everything else tasks run in the loop.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ _aten = torch.ops.aten
 
 
 def simplify(graph: fx.Graph) -> None:
-    """Removes operations whose results nothing reads, and copies of what could have been written in the right order."""
+    """Removes operations whose results nothing reads, and copies that only change the order of a stack in memory."""
     graph.eliminate_dead_code()
     for node in graph.nodes:
         if node.target is _aten.clone.default:

@@ -76,7 +76,7 @@ class Program:
 
 
 def _as_cuda_graph(calls: list[Call], device: torch.device) -> Call:
-    """One call that replays all of them."""
+    """One call that replays all calls as a CUDA graph."""
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     # Once before, on a stream of its own: kernels are compiled and libraries set up, which a capture may not do.

@@ -1,4 +1,4 @@
-"""Stacks that need no copy, since what they consist of is made in their memory."""
+"""Stacks that need no copy, since their parts are made in their memory."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Part:
 
     Attributes:
         stack: the call of ``torch.stack``.
-        index: of the value in it.
-        order: of the value's dimensions there.
+        index: position of the value in it.
+        order: order of the value's dimensions there.
     """
 
     stack: fx.Node
@@ -36,7 +36,7 @@ class Part:
 
 
 def parts_of_stacks(nodes: Sequence[fx.Node], running: set[fx.Node], aliases: Aliases) -> dict[Root, Part]:
-    """For each stack all of whose parts can be made in it, the memory of these.
+    """For each stack, the memory of its parts, where all of them can be made in the stack.
 
     A part is a whole result of a call, its dimensions in any order, that nothing but the stack reads. A call that gives a
     list is an update, which writes contiguous tensors alone.
