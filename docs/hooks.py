@@ -17,6 +17,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 # [text](path), of files alone: no images, nothing with a scheme.
 LINK = re.compile(r"(?<!!)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([\w./-]+\.\w+|[\w./-]+/)(#[^()\s]*)?\)")
 FENCED = re.compile(r"(^[ ]*```.*?^[ ]*```[ ]*$)", re.MULTILINE | re.DOTALL)
+# :func:`name` of docstrings.
+ROLE = re.compile(r":(?:class|func|meth|data|mod|attr|exc):<code>([^<]*)</code>")
 NOTEST = re.compile(r"^([ ]*```\w+) notest.*$", re.MULTILINE)
 NO_RESULTS = """No result file is in `benchmarks/results/`. To make one:
 
@@ -122,6 +124,11 @@ def on_files(files: Any, config: Any) -> Any:
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Links to files of the repository lead to the pages made from them; other files of it are named without a link."""
     return for_the_site(markdown, page.file.src_uri)
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
+    """Roles of docstrings become links, where the reference has the name."""
+    return ROLE.sub(r'<autoref optional identifier="\1"><code>\1</code></autoref>', html)
 
 
 def for_the_site(markdown: str, uri: str) -> str:
