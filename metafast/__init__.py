@@ -1,4 +1,4 @@
-"""metafast: meta-learning of Transformers, fast, exact and small in memory."""
+"""Meta-learning of Transformers: meta-gradients that are exact to second order, all tasks side by side."""
 
 import importlib
 from typing import Any

@@ -1,18 +1,19 @@
 """Swaps metafast's ops into models that call torch's.
 
-The names are replaced where models look them up: in ``torch.nn.functional`` and ``torch`` (which also catches ``nn.Linear``,
+Names are replaced where models look them up: in ``torch.nn.functional`` and ``torch`` (which also catches ``nn.Linear``,
 ``nn.MultiheadAttention`` and Hugging Face's ``sdpa``), and in the modules that define the model's classes, which may have
 imported them earlier. A replacement is on only in threads and models that asked for it; elsewhere it calls torch's own
 function. Names are put back when the last user leaves.
 
-Two names are not an op's. Torch's Transformer modules ask for leave to take kernels without derivatives where they see
-nothing that requires one, as under ``vmap``: here they do not get it. And they look into a mask for whether it is causal,
-which a mask of each task's own, or one that is being recorded, does not allow: they are told what the caller
-said, and add it.
+Two of the names are not an op's. Torch's Transformer modules ask one function whether they may take kernels without
+derivatives, where nothing seems to require one, as under ``vmap``. The replacement says no. They ask another function
+whether a mask is causal. That function looks at values, which a mask per task or one that is being recorded does not have.
+Its replacement repeats the ``is_causal`` of the caller, and the mask is added.
 
-Torch's batching rules are wrong for some functions where derivatives are taken outside of ``vmap`` (``ops/batching``): what
-stands in for them is put in as functions of ``torch`` and as methods of ``torch.Tensor``. The ``forward`` of batch norm
-is replaced for modules with ``momentum=None``, which could not be recorded (``ops/layers/cumulative_batch_norm.py``).
+Torch's batching rules are wrong for some functions where derivatives are taken outside of ``vmap`` (``ops/batching``). Their
+replacements are put in as functions of ``torch`` and as methods of ``torch.Tensor``. The ``forward`` of
+batch norm is replaced for modules with ``momentum=None``, which could not be recorded
+(``ops/layers/cumulative_batch_norm.py``).
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def _embedding_bag(weight: Tensor, indices: Tensor, *args: Any, **kwargs: Any) -
 
 
 def _batched(original: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
-    """What stands in for a function whose batching rule is wrong for some arguments."""
+    """The replacement of a function whose batching rule is wrong for some arguments."""
 
     def function(input: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(input, Tensor) or _is_torchs(input):
@@ -103,7 +104,7 @@ def _batched(original: Callable[..., Any], ours: Callable[..., Any]) -> Callable
 
 
 def _of_input(original: Callable[..., Tensor], ours: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """What stands in for a function whose first argument alone says whose it is."""
+    """The replacement of a function of which the first argument alone decides whether torch's runs."""
 
     def function(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if _is_torchs(input):
@@ -128,10 +129,11 @@ def _is_causal(mask: Tensor | None, is_causal: bool | None = None, size: int | N
 
 
 def _is_torchs(*tensors: Tensor) -> bool:
-    """Whether nobody asked for acceleration here, or a tensor is of a subclass (nested, distributed, user-defined), which
-    brings its own meaning of torch's functions.
+    """Whether torch's own function has to run.
 
-    A mode that overrides functions (``with torch.device(...)``, a recording) brings none: it sees the operations of the ops.
+    That is so where nobody asked for acceleration, and for tensors of a subclass (nested, distributed, user-defined), which
+    brings its own meaning of torch's functions. A mode that overrides functions (``with torch.device(...)``, a recording)
+    brings none: it sees the operations of the ops.
     """
     return _depth.value == 0 or tensors[0].is_nested or any(map(_has_own_functions, tensors))
 
@@ -141,7 +143,7 @@ def _has_own_functions(tensor: Tensor) -> bool:
     return kind is not Tensor and kind.__torch_function__ is not torch._C._disabled_torch_function_impl
 
 
-# Torch's functions, and what stands in for them; by identity, since builtins of the same name are equal to nothing else.
+# Torch's functions and their replacements; by identity, since builtins of the same name are equal to nothing else.
 _REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
     _torch_attention: _attention,
     _torch_linear: _linear,
@@ -173,7 +175,7 @@ _OWN_METHODS = {(place, name) for place, name, _ in _METHODS if name in vars(pla
 
 
 def replaced_names(model: nn.Module) -> Names:
-    """Where the model may look torch's functions up."""
+    """The names under which the model may look torch's functions up."""
     modules = {cls.__module__ for module in model.modules() for cls in type(module).__mro__}
     found: Names = []
     for name in sorted(modules | _TORCHS_MODULES):
@@ -215,7 +217,7 @@ def _restore(names: Names) -> None:
 
 
 class Acceleration:
-    """What :func:`accelerate` returns: undone by :meth:`remove`, or by leaving the ``with`` block."""
+    """The handle that :func:`accelerate` returns; :meth:`remove` or the end of the ``with`` block undoes it."""
 
     def __init__(self, model: nn.Module) -> None:
         self._names = replaced_names(model)
@@ -253,18 +255,19 @@ class Acceleration:
 
 
 def accelerate(model: nn.Module) -> Acceleration:
-    """Gives ``model`` an attention that can be differentiated twice, without changing it.
+    """Gives ``model`` an attention that can be differentiated twice, without changing the model.
 
-    As a context manager, everything that this thread computes inside is accelerated::
+    As a context manager, it accelerates everything that this thread computes inside::
 
         with metafast.accelerate(model):
             loss = model(x).sum()
             grads = torch.autograd.grad(loss, params, create_graph=True)
 
-    As a handle, calls of the model and of its parts are, in every thread, until ``handle.remove()``. Both nest. Whether
-    the fused or the reference path of attention runs is decided as for any op (see :class:`metafast.use_backend`).
+    As a handle, it accelerates calls of the model and of its parts, in every thread, until ``handle.remove()``. Both nest.
+    Whether the fused or the reference path of attention runs is decided as for any op (see :class:`metafast.use_backend`).
 
-    Torch's inference kernels for Transformers, which have no derivatives, stay off meanwhile, whatever the model's mode.
+    Torch's inference kernels for Transformers have no derivatives and stay off meanwhile, in evaluation mode too. Torch's
+    kernels write zeros at padded positions; the accelerated model does not. All other positions are equal.
 
     Args:
         model: any module that calls ``scaled_dot_product_attention``: directly, through ``nn.MultiheadAttention`` and

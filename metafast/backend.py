@@ -1,4 +1,4 @@
-"""The one choice: which implementation an op runs, and what was built.
+"""Which implementation an op runs, and how metafast was built.
 
 ``"fused"`` is the compiled path (C++ on the CPU, Triton and CUDA on a GPU), ``"reference"`` plain PyTorch, ``"auto"``
 the fused path where it can run and the reference elsewhere. Precedence: the op's ``backend`` argument, then
@@ -75,7 +75,7 @@ def constant_when_compiled(function: F) -> F:
 
 @constant_when_compiled
 def requested_backend(argument: str | None = None) -> str:
-    """What the caller asked for, by the precedence above; not yet what can run."""
+    """The choice of the caller, by the precedence above; whether it can run is decided later."""
     if argument is not None:
         return _checked(argument, "backend")
     chosen = _context.get()
@@ -90,7 +90,7 @@ def resolve_backend(op: str, argument: str | None, reasons: list[str]) -> Resolv
     Args:
         op: name of the op, for messages.
         argument: the op's ``backend`` argument.
-        reasons: why the fused path cannot serve this call; empty where it can.
+        reasons: why the fused path cannot serve this call; empty where it can serve it.
 
     Raises:
         BackendUnavailableError: ``"fused"`` was asked for and there are reasons against it.
@@ -126,7 +126,7 @@ def triton_problem() -> str | None:
 
 
 def build_info() -> dict[str, Any]:
-    """Versions, how the extension was compiled, and which backends are usable here, with reasons where not.
+    """Versions, how the extension was compiled, which backends are usable here, and why others are not.
 
     Loads the extension and Triton to see whether they load.
     """

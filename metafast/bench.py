@@ -31,6 +31,8 @@ def run(suites: Sequence[str], out: str, *, compiling: bool = False, select: str
     """Runs ``suites`` (all where none is named) and writes ``<out>/<device>-<suites>.json`` and plots beside it.
 
     Args:
+        suites: names of suites.
+        out: folder of the result file.
         compiling: also the peers that torch.compile has to build first.
         select: an expression for pytest's ``-k``.
 
@@ -92,7 +94,7 @@ def report(result: str) -> int:
 
 
 def table(results: dict[str, Any]) -> list[str]:
-    """A line a comparison: what was measured, its cost, the peer's, the ratio measured side by side, and the bar for it."""
+    """One line per comparison: the case, its cost, the peer's cost, their ratio measured side by side, and the bar."""
     entries = [entry for entry in results["benchmarks"] if not entry.get("error")]
     width = max([len(entry["group"]) for entry in entries], default=4) + 2
     peers = [comparison["with"] for entry in entries for comparison in entry["extra_info"].get("comparisons", [])]
@@ -114,7 +116,7 @@ def table(results: dict[str, Any]) -> list[str]:
 
 
 def figures(results: dict[str, Any]) -> Figures:
-    """What is to be drawn, from the entries that say where they belong (``plot`` of ``extra_info``)."""
+    """The figures, from the entries that have a place in one (``plot`` of ``extra_info``)."""
     found: Figures = defaultdict(dict)
     for entry in results["benchmarks"]:
         info = entry["extra_info"]

@@ -1,4 +1,4 @@
-"""Whether the accelerated path gives the reference's numbers on somebody's own model and data, and what it saves."""
+"""The accelerated path beside the reference path, on the user's own model and data: errors, time and memory."""
 
 from __future__ import annotations
 
@@ -24,13 +24,17 @@ class Report:
 
     Attributes:
         errors: ‖accelerated − exact‖ / ‖exact‖ of each parameter's gradient, where exact is the reference in float64. A
-            gradient that is 0 but for rounding (of keys' biases, say, which softmax cancels) is compared with the gradient
-            of all parameters: its own size says nothing.
+            gradient that is 0 but for rounding (of a key's bias, for example, which the softmax cancels) is divided by the
+            norm over all parameters instead.
         error: the same over all parameters together.
-        reference_error: of the reference path in the model's own dtype: the rounding that any implementation has.
-        loss, exact_loss: the meta-losses.
-        seconds, reference_seconds: a loss and its backward, medians of interleaved runs in the model's own dtype.
-        peak_bytes, reference_peak_bytes: the most memory that tensors made in such a run took at once.
+        reference_error: the same for the reference path in the model's own dtype: the rounding that any implementation has.
+        loss: the meta-loss of the accelerated path.
+        exact_loss: the meta-loss of the reference in float64.
+        seconds: time of a loss and its backward on the accelerated path, the median of interleaved runs in the model's own
+            dtype.
+        reference_seconds: the same for the reference path.
+        peak_bytes: the most memory that tensors made in such a run took at once, on the accelerated path.
+        reference_peak_bytes: the same for the reference path.
     """
 
     errors: dict[str, float]
@@ -70,8 +74,9 @@ def check(meta: MetaLearner, support: Any, query: Any = None, *, backend: str = 
 
     Args:
         meta: any algorithm of this package, such as :class:`metafast.MAML`.
-        support, query: what ``meta`` would be called with.
-        backend: of the path that is checked.
+        support: as in a call of ``meta``.
+        query: as in a call of ``meta``; None where the algorithm needs none.
+        backend: backend of the path that is checked.
         rounds: timed runs of each path.
 
     Raises:
@@ -128,8 +133,10 @@ def _gradient(meta: MetaLearner, batches: tuple[Any, ...], backend: str) -> tupl
 
 
 def _distance(found: list[Tensor], expected: list[Tensor], whole: float = 0.0) -> float:
-    """‖found − expected‖ / ‖expected‖, or / ``whole`` where expected is a part of that norm and 0 but for rounding; where
-    nothing is expected, the norm of what was found."""
+    """‖found − expected‖ / ‖expected‖.
+
+    Where expected is 0 but for rounding beside ``whole``, ``whole`` is the divisor. Where that is 0 too, nothing divides.
+    """
     difference = _norm([a.double() - b.double() for a, b in zip(found, expected, strict=True)])
     size = _norm(expected)
     # Of float64, in which the exact gradient is computed, and of some thousands of sums.

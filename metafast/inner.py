@@ -1,7 +1,7 @@
-"""Update rules of the inner loop: what they are, as small frozen objects that carry no tensors.
+"""Update rules of the inner loop, as small frozen objects that carry no tensors.
 
-A rule is applied by :func:`metafast.task_update`. Rates that are learned are tensors: a rule says which ones
-(``learn``), the meta-learner owns them and passes them beside the rule.
+:func:`metafast.task_update` applies a rule. Learned rates are tensors: the rule names them (``learn``), the meta-learner
+owns them and passes them beside the rule.
 """
 
 from __future__ import annotations
@@ -11,28 +11,30 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
+from torch import Tensor
+
 __all__ = ["GRANULARITIES", "SGD", "Adam", "AdamW", "RMSprop", "Rule"]
 
 GRANULARITIES: dict[str, str] = {
     "number": "one number",
     "step": "one per step (LSLR)",
-    "tensor": "one a parameter tensor",
-    "tensor_step": "one a parameter tensor and step (MAML++)",
-    "parameter": "one a single parameter (Meta-SGD)",
-    "parameter_step": "one a single parameter and step",
+    "tensor": "one per parameter tensor",
+    "tensor_step": "one per parameter tensor and step (MAML++)",
+    "parameter": "one per single parameter (Meta-SGD)",
+    "parameter_step": "one per single parameter and step",
 }
-"""What a learned rate can be, by the name that ``learn`` takes."""
+"""Granularities of a learned rate, by the name that ``learn`` takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """What every rule says besides its own numbers.
+    """Base of the rules: learned rates and clipping.
 
     Args:
         learn: which rates the meta-learner learns, starting at the rule's numbers: the name of one (learned as one
             number), or a mapping of names to one of ``"number"``, ``"step"`` (LSLR), ``"tensor"``, ``"tensor_step"``
-            (MAML++, Antoniou et al. 2019), ``"parameter"`` (Meta-SGD, Li et al. 2017) or ``"parameter_step"``. Kept as
-            a sorted tuple of pairs, so that rules can be compared and hashed.
+            (MAML++, Antoniou et al. 2019), ``"parameter"`` (Meta-SGD, Li et al. 2017) or ``"parameter_step"``. The
+            attribute is a sorted tuple of pairs, so that rules can be compared and hashed.
         learn_log: learn the logarithms of these rates, so that they stay positive.
         clip_norm: scales each task's gradients, all tensors together, to at most this 2-norm, as
             :func:`torch.nn.utils.clip_grad_norm_` does; None leaves them.
@@ -41,8 +43,8 @@ class Rule:
 
     Raises:
         TypeError: an argument is not of the type above.
-        ValueError: ``learn`` names no rate of the rule, no such granularity, or with ``learn_log`` a rate that is 0;
-            ``learn_log`` without ``learn``; a clipping threshold that is not above 0.
+        ValueError: ``learn`` names something that is no rate of the rule, or an unknown granularity; ``learn_log`` comes
+            without ``learn``, or with a rate that is 0; a clipping threshold is not above 0.
     """
 
     learn: str | Mapping[str, str] | tuple[tuple[str, str], ...] = ()
@@ -50,7 +52,7 @@ class Rule:
     clip_norm: float | None = None
     clip_value: float | None = None
 
-    rate_names: ClassVar[tuple[str, ...]] = ()
+    rate_names: ClassVar[tuple[str, ...]] = ("lr", "weight_decay")
     """The numbers that tensors can replace."""
 
     def __post_init__(self) -> None:
@@ -72,13 +74,47 @@ class Rule:
 
     @property
     def state_names(self) -> tuple[str, ...]:
-        """What a step remembers of each parameter for the next one, with the names that torch.optim gives it."""
+        """Names of the tensors that a step keeps of each parameter for the next step, as torch.optim calls them."""
         return ()
 
     @property
     def keeps_state(self) -> bool:
-        """Whether a step needs what the step before remembered of each parameter."""
+        """Whether a step needs the state of the step before."""
         return bool(self.state_names)
+
+    def formula(
+        self,
+        step: int,
+        param: Tensor,
+        grad: Tensor,
+        state: Mapping[str, Tensor | None],
+        lr: Tensor | float,
+        weight_decay: Tensor | float | None,
+    ) -> tuple[Tensor, ...]:
+        """One step for one parameter tensor, in plain PyTorch: the method that a new rule writes.
+
+        A class that overrides this method runs on the reference path. The rules of this module have kernels instead and do
+        not use it. A new rule has a number ``lr``; ``weight_decay`` and ``maximize`` are optional. Its ``state_names`` say
+        what it remembers.
+
+        Args:
+            step: number of the step, from 0.
+            param: ``[T, *shape]``, or ``[*shape]`` where all tasks share the parameter, as at the first step.
+            grad: gradient ``[T, *shape]``, clipped already, and negated where ``maximize`` is set.
+            state: what the step before returned, by ``state_names``; None at the first step.
+            lr: learning rate: the rule's number, or a tensor that broadcasts with ``param``.
+            weight_decay: likewise; None where there is none.
+
+        Returns:
+            The next parameter ``[T, *shape]`` and the next state, in the order of ``state_names``. They must be
+            differentiable in all tensors for ``order=2``.
+        """
+        raise NotImplementedError(f"{type(self).__name__}: expected a rule with a formula of its own")
+
+    @property
+    def has_own_formula(self) -> bool:
+        """Whether :meth:`formula` computes the step, and no kernel."""
+        return type(self).formula is not Rule.formula
 
     def __str__(self) -> str:
         given = (f for f in fields(self) if getattr(self, f.name) != f.default)
@@ -115,7 +151,7 @@ class SGD(Rule):
     Args:
         lr: learning rate, at least 0.
         momentum: at least 0; with 0 the rule keeps no state.
-        dampening: of the momentum.
+        dampening: factor 1 − dampening of the gradient in the momentum buffer; the first step has none.
         nesterov: Nesterov's momentum, in the form of Sutskever et al., "On the importance of initialization and
             momentum in deep learning", ICML 2013; needs ``momentum > 0`` and ``dampening == 0``.
         weight_decay: factor of the L2 penalty, at least 0.
@@ -172,8 +208,9 @@ class Adam(Rule):
     Args:
         lr: learning rate, at least 0.
         betas: β₁ and β₂, each at least 0 and less than 1.
-        eps: at least 0.
-        eps_root: at least 0; above 0 the update is smooth where gradients are 0 (as in optax; torch has none).
+        eps: added to the square root; at least 0.
+        eps_root: added under the square root, at least 0; above 0 the update is smooth where gradients are 0 (as in
+            optax; torch has none).
         weight_decay: factor of the L2 penalty, at least 0.
         amsgrad: divide by the greatest v so far (Reddi et al., "On the convergence of Adam and beyond", ICLR 2018).
         maximize: ascend instead.
@@ -194,7 +231,7 @@ class Adam(Rule):
 
     rate_names: ClassVar[tuple[str, ...]] = ("lr", "weight_decay")
     decoupled: ClassVar[bool] = False
-    """Whether weight decay shrinks the parameter by itself and is no part of the gradient."""
+    """Whether weight decay shrinks the parameter directly instead of adding to the gradient."""
 
     def __post_init__(self) -> None:
         _check_number("lr", self.lr, minimum=0.0)
@@ -212,7 +249,7 @@ class Adam(Rule):
 
     @property
     def state_names(self) -> tuple[str, ...]:
-        """The averages of the gradient and of its square, and with amsgrad the greatest of the latter."""
+        """The averages of the gradient and of its square, and with ``amsgrad`` the greatest average of the square."""
         return ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if self.amsgrad else ()))
 
 
@@ -283,7 +320,7 @@ class RMSprop(Rule):
 
     @property
     def state_names(self) -> tuple[str, ...]:
-        """The average of the squared gradient, the buffer of a momentum, and where centered that of the gradient."""
+        """The average of the squared gradient; the momentum buffer and the average of the gradient where there are any."""
         buffer = ("momentum_buffer",) if self.momentum != 0 else ()
         return ("square_avg", *buffer, *(("grad_avg",) if self.centered else ()))
 

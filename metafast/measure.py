@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def seconds_of(call: Callable[[], object], device: torch.device | str = "cpu") -> float:
-    """Of one call, until the device has done its work."""
+    """Seconds of one call, until the device has done its work."""
     on_cuda = torch.device(device).type == "cuda"
     if on_cuda:
         torch.cuda.synchronize()
@@ -28,7 +28,7 @@ def seconds_of(call: Callable[[], object], device: torch.device | str = "cpu") -
 def interleaved_medians(
     calls: Mapping[str, Callable[[], object]], rounds: int, device: torch.device | str = "cpu"
 ) -> dict[str, float]:
-    """Median seconds of each call, in rounds that run every call once: what disturbs the machine disturbs them all."""
+    """Median seconds of each call, in rounds that run every call once: a disturbed machine disturbs all calls alike."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()
@@ -41,7 +41,7 @@ def interleaved_medians(
 def highest_memory(device: torch.device | str = "cpu") -> int:
     """The most bytes that this process has held so far: resident ones, or on CUDA the allocator's.
 
-    Of use in a process that does one thing only: what was freed before still counts.
+    Memory that was freed before still counts, so that this is of use in a process that does one thing only.
     """
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated()

@@ -273,7 +273,7 @@ def test_functional_models(generator, data):
         torch.testing.assert_close(fmodel.first(data[0]), F.linear(data[0], new[0], new[1]))
         torch.testing.assert_close(fmodel(data[0], params=fmodel.init_fast_params), start)
         torch.testing.assert_close(fmodel(data[0]), start)
-        with pytest.raises(ValueError, match="params: expected 7 tensors, one a parameter, got 1"):
+        with pytest.raises(ValueError, match="params: expected 7 tensors, one per parameter, got 1"):
             fmodel(data[0], params=new[:1])
         assert not fmodel.eval().training
         assert model.training
@@ -304,7 +304,7 @@ def test_what_is_refused(generator):
         ours.create_diff_optim  # noqa: B018
     opt = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5)
     with (
-        pytest.raises(ValueError, match=r"override\['lr'\]: expected 1 value or 1, one a group, got 2"),
+        pytest.raises(ValueError, match=r"override\['lr'\]: expected 1 value or 1, one per group, got 2"),
         ours.innerloop_ctx(model, opt, override={"lr": [1.0, 2.0]}),
     ):
         pass

@@ -160,7 +160,7 @@ def test_maml_update(generator, lr):
 def test_maml_update_warns_of_missing_gradients(generator):
     model = nn.Linear(2, 2)
     before = model.bias
-    with pytest.warns(UserWarning, match=r"maml_update\(\): expected 2 grads, one a parameter, got 1"):
+    with pytest.warns(UserWarning, match=r"maml_update\(\): expected 2 grads, one per parameter, got 1"):
         ours.algorithms.maml.maml_update(model, 0.1, [torch.ones(2, 2)])
     assert model.bias is before
 

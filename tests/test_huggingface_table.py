@@ -217,7 +217,7 @@ INTRODUCTION = """# Hugging Face models
 
 Register the attention once, load a model with it, and meta-train it as any other module:
 
-```python
+```python notest: from_pretrained downloads a checkpoint
 import metafast
 from transformers import AutoModelForCausalLM
 

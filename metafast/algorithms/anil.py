@@ -17,8 +17,8 @@ from metafast.inner import Rule
 class ANIL(MAML):
     """ANIL (Raghu, Raghu, Bengio and Vinyals, ICLR 2020, section 4): MAML whose inner loop adapts the head alone.
 
-    θ_m = (θ_1, …, θ_l − α ∇_θ_l L_i): the inner step of section 4.1 changes the last layer; the body is shared by all
-    tasks and learns by its meta-gradient, which is exact: the head's inner gradients depend on the body.
+    The inner step of section 4.1 changes the last layer alone: θ_m = (θ_1, …, θ_l − α ∇_θ_l L_i). All tasks share the body.
+    The body gets its exact meta-gradient, which includes its effect on the head's inner gradients.
 
     Args:
         model, loss_fn, inner, steps, order, step_weights, options: as for :class:`metafast.MAML`.

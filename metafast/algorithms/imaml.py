@@ -21,17 +21,17 @@ Vector = list[Tensor]
 class IMAML(MetaLearner):
     """iMAML (Rajeswaran, Finn, Kakade and Levine, NeurIPS 2019, algorithms 1 and 2), all tasks side by side.
 
-    The inner loop minimises G(φ) = L̂_i(φ) + λ/2 ‖φ − θ‖² (equation 3), in as many steps of whatever rule, and keeps no
-    graph of them. At its minimum the meta-gradient is (I + ∇²L̂_i(φ_i) / λ)⁻¹ ∇L_i(φ_i) (lemma 1), for which this solves
-    with Hessian-vector products alone: it is as exact as inner minimum and solution are.
+    The inner loop minimises G(φ) = L̂_i(φ) + λ/2 ‖φ − θ‖² (equation 3) with any rule and keeps no graph. At the minimum the
+    meta-gradient is (I + ∇²L̂_i(φ_i) / λ)⁻¹ ∇L_i(φ_i) (lemma 1). A solver finds it with Hessian-vector products alone. The
+    meta-gradient is as exact as the inner minimum and the solution are.
 
     Args:
         model, loss_fn, inner, steps, options: as for :class:`metafast.MetaLearner`. Parameters that are not
-            adapted get their implicit gradient as well; rates have none, since the minimum does not depend on them.
+            adapted get their implicit gradient as well. Rates have no gradient: the minimum does not depend on them.
         proximal: λ, above 0.
         solver: ``"cg"``, conjugate gradient (section 3, algorithm 2), which needs I + ∇²L̂ / λ to be positive definite; or
             ``"neumann"``, the series Σ_j (−∇²L̂ / λ)^j, which needs λ above the Hessian's largest eigenvalue.
-        solver_steps: Hessian-vector products that the solver takes.
+        solver_steps: number of Hessian-vector products that the solver takes.
     """
 
     def __init__(
@@ -60,10 +60,12 @@ class IMAML(MetaLearner):
         self.solver_steps = check_count("solver_steps", solver_steps)
 
     def inner_losses(self, start: Start) -> Losses:
+        """``loss_fn`` on the support set, and λ/2 ‖φ − θ‖²."""
         centre = {name: p.detach() for name, p in start.params.items()}
         return _Proximal(self.task_losses, centre, self.proximal)
 
     def task_results(self, support: Any, query: Any, tasks: int) -> TaskResults:
+        """The query losses at the inner minimum, with the implicit gradient."""
         if isinstance(support, PerStep):
             raise TypeError("support: iMAML minimises one loss, expected one support set, got PerStep")
         start = self.start(support)
@@ -93,7 +95,7 @@ class IMAML(MetaLearner):
 
 
 class _Proximal:
-    """Losses with λ/2 ‖φ − θ‖² in them."""
+    """Support losses plus λ/2 ‖φ − θ‖²."""
 
     def __init__(self, losses: Losses, centre: Params, strength: float) -> None:
         self.model = losses.model
@@ -108,13 +110,13 @@ class _Proximal:
 
 
 class _Hessian(NamedTuple):
-    """∇²L̂ of every task, by products: from the gradients ``[T, *shape]`` with their graph, and where they were taken."""
+    """Products with ∇²L̂ of every task, from the gradients ``[T, *shape]`` with their graph, and where they were taken."""
 
     gradients: Vector
     at: Vector
 
     def product(self, vector: Vector) -> Vector:
-        """With ``vector``."""
+        """∇²L̂ times ``vector``."""
         return self.vjp(vector, self.at)
 
     def vjp(self, vector: Vector, by: Vector) -> Vector:
@@ -160,7 +162,7 @@ def _dot(a: Vector, b: Vector) -> Tensor:
 
 
 def _added(a: Vector, b: Vector, factor: Tensor | float) -> Vector:
-    """a + factor · b, with a factor for all or for each task."""
+    """The sum a + factor · b, with one factor for all tasks or one per task."""
     if isinstance(factor, Tensor):
         return [u + factor.view(-1, *[1] * (v.ndim - 1)) * v for u, v in zip(a, b, strict=True)]
     return [u + factor * v for u, v in zip(a, b, strict=True)]

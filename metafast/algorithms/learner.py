@@ -1,4 +1,4 @@
-"""What every meta-learning algorithm has: a model, a loss, an inner loop, and adaptation without a graph."""
+"""The base of every meta-learning algorithm: a model, a loss, an inner loop, and adaptation without a graph."""
 
 from __future__ import annotations
 
@@ -53,52 +53,54 @@ class Options(TypedDict, total=False):
 class MetaLearner(nn.Module):
     """Base of the algorithms. Parameters that do not require a gradient are shared by all tasks and never adapted.
 
-    A new algorithm writes :meth:`task_results`, and, where it differs from MAML in them, :meth:`start` (where the inner
+    A new algorithm writes :meth:`task_results`. Where it differs from MAML, it also writes :meth:`start` (where the inner
     loop starts), :meth:`inner_losses` (what the inner loop minimises) and ``__init__``. All options below then work.
 
     Args:
         model: any module; it runs inside :func:`metafast.accelerate`.
         loss_fn: ``loss_fn(model, batch)`` gives the scalar mean loss of one task, or that and a dict of metrics. It runs
             under ``vmap`` where it can: ``batch`` comes without the task dimension.
-        inner: update rule of the inner loop, such as ``metafast.inner.SGD(lr=0.1)``. The rates that it is told to learn
-            are parameters of this module, in ``rates``, and get their gradients with the model's.
-        steps: inner steps K.
+        inner: update rule of the inner loop, such as ``metafast.inner.SGD(lr=0.1)``. The rates that its ``learn`` names are
+            parameters of this module, in ``rates``, and get their gradients with the model's.
+        steps: number of inner steps, K.
         order: 2 for the exact meta-gradient, 1 to take inner gradients as constants. May be set later.
-        checkpoint: for ``order=2``, rebuild each inner step's graph in the backward pass instead of keeping all: the
-            memory of one step for about a third more arithmetic; the same gradient. ``"auto"`` rebuilds where kept graphs
-            would take more than half of the free memory, and logs what it found.
+        checkpoint: for ``order=2``. False keeps the graphs of all inner steps. True rebuilds each inner step's graph in the
+            backward pass: the memory of one step for about a third more arithmetic, and the same gradient. ``"auto"``
+            rebuilds where kept graphs would take more than half of the free memory, and logs its decision.
         task_batching: ``"vmap"``, ``"loop"`` (one task after another) or ``"auto"``: vmap unless the model does not run
-            under it, has backward hooks, or keeps something of each call that vmap would leave otherwise than a loop over
-            tasks does; the reason is logged. Where the model's outputs depend on what its calls before left (a counter, a
-            carried state), ``tasks_per_chunk`` becomes 1, so that calls come in the order of a plain loop.
-        adapt_parameters: which parameters the inner loop adapts: name patterns such as ``"head.*"``, or
-            ``predicate(name, parameter)``; None: all. They are chosen now; what is frozen later is adapted no longer. The
-            others are neither copied for the tasks nor differentiated in the inner loop, and still get their exact
+            under vmap, has backward hooks, or keeps something of each call that a loop over tasks would leave
+            otherwise; the reason is logged. Where the model's outputs depend on its earlier calls (a counter, a carried
+            state), ``tasks_per_chunk`` becomes 1, so that calls come in the order of a plain loop. Running statistics of
+            batch norm are updated step by step over all tasks of a chunk; ``tasks_per_chunk=1`` updates them task by task.
+        adapt_parameters: the parameters that the inner loop adapts: name patterns such as ``"head.*"``, or
+            ``predicate(name, parameter)``; None: all. They are chosen now; a parameter that is frozen later is adapted no
+            longer. The others are neither copied per task nor differentiated in the inner loop, and still get their exact
             meta-gradient. A tied parameter matches by any of its names.
-        micro_batches: into how many parts an inner step cuts its support sets (the second dimension of every tensor),
-            whose gradients it accumulates. With ``checkpoint``, the memory of a step is that of one part. The same
-            gradient for a ``loss_fn`` that is a mean over examples.
-        tasks_per_chunk: how many tasks run side by side. With fewer than a call has, chunks run one after another in the
-            memory of one; the gradient is then computed in the call already, and ``backward()`` hands it on.
-        reduction: of the tasks' losses, weighted by ``task_weights``: ``"mean"``, ``"sum"``, or ``"global_mean"`` for
-            ``DistributedDataParallel``: the mean over the tasks of all ranks, which may have different numbers of them.
+        micro_batches: number of parts into which an inner step cuts its support sets (the second dimension of every tensor).
+            The gradients of the parts are accumulated. With ``checkpoint``, the memory of a step is that of one part. The
+            gradient is the same for a ``loss_fn`` that is a mean over examples.
+        tasks_per_chunk: number of tasks that run side by side; None: all. Chunks run one after another in the memory of one.
+            The gradient is then computed in the forward call already, and ``backward()`` hands it on.
+        reduction: how the tasks' losses, weighted by ``task_weights``, become one: ``"mean"``, ``"sum"``, or
+            ``"global_mean"`` for ``DistributedDataParallel``: the mean over the tasks of all ranks, which may have different
+            numbers of tasks.
         on_nonfinite: ``"raise"``, or ``"skip"``: a task with a loss that is not finite is logged and left out, and the
-            call is repeated on the others. (One that is not finite in the meta-gradient alone is not noticed.)
-        capture: record the whole step (inner loop and meta-gradient, which the call then computes already) at the first call
-            with given shapes, and replay it at the next ones: the same numbers without Python, autograd and allocation
-            between the kernels, which is much of the time where tensors are small. On CUDA a replay is one CUDA
-            graph. ``model`` and ``loss_fn`` must do the same each time: what they compute in Python is computed once. A
-            look at the values of tensors is refused, and so is dropout with ``checkpoint``. A gradient of the gradient is
-            not available. Recording takes seconds; programs for the last few kinds of call are kept, each with its memory.
-        capture_check: how many replays of a program, the first with other numbers than were recorded, are compared with the
-            uncaptured call, which finds what a recording missed. The second and later ones are left out where comparing
-            would take more than a third of what recording took. 0: none.
+            call is repeated on the others. A task whose meta-gradient alone is not finite is not noticed.
+        capture: record the whole step, inner loop and meta-gradient, at the first call with given shapes, and replay it at
+            the next calls, without Python, autograd and allocation between the kernels. The gradient is then computed in the
+            forward call already. On CUDA a replay is one CUDA graph. ``model`` and ``loss_fn`` must do the same each time:
+            their Python runs once. A look at the values of tensors is refused, and so is dropout with ``checkpoint``. A
+            gradient of the gradient is not available. Recording takes seconds. The programs of the last few kinds of call
+            are kept, each with its memory.
+        capture_check: number of replays that are compared with the uncaptured call, to find what a recording missed: the
+            first ones with other numbers than the recorded ones. The second and later comparisons are left out where they
+            would take more than a third of the time that recording took. 0: none.
 
     Attributes:
         outcome: the :class:`metafast.Outcome` of the latest call.
         rates: the learned rates, without parameters where there are none.
-        task_losses: ``task_losses.compute(params, shared, batch)`` gives the losses ``[T]`` and metrics of a batch, at
-            parameters ``[T, *shape]`` of each task and ``[*shape]`` of all.
+        task_losses: ``task_losses.compute(params, shared, batch)`` gives the losses ``[T]`` and the metrics of a batch, at
+            parameters ``params`` ``[T, *shape]``, one per task, and ``shared`` ``[*shape]``, the same for all tasks.
 
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.
@@ -163,7 +165,7 @@ class MetaLearner(nn.Module):
 
     @property
     def order(self) -> int:
-        """1 or 2."""
+        """2 for the exact meta-gradient, 1 to take inner gradients as constants."""
         return self._order
 
     @order.setter
@@ -174,29 +176,31 @@ class MetaLearner(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Of the model."""
+        """The device of the model's first parameter."""
         return next(self.model.parameters()).device
 
     def forward(self, support: Any, query: Any, task_weights: Tensor | None = None) -> Tensor:
         """The query loss after adaptation, over tasks; its ``backward()`` leaves the algorithm's meta-gradient.
 
-        What the call saw (losses per step and task, metrics, tasks left out) is in ``outcome`` afterwards.
+        ``outcome`` holds the losses per step and task, the metrics and the tasks left out afterwards.
 
         Args:
-            support, query: pytrees of tensors whose first dimension is the task, the same number of tasks in both.
-                ``support`` may be a :class:`metafast.PerStep` of as many batches as there are inner steps.
-            task_weights: ``[T]``, of the tasks' losses in their mean or sum; at least 0, without a gradient.
+            support: pytree of tensors whose first dimension is the task, or a :class:`metafast.PerStep` of at least as many
+                of these as there are inner steps.
+            query: pytree of tensors with as many tasks as ``support``.
+            task_weights: ``[T]``, weights of the tasks' losses in their mean or sum; at least 0, without a gradient.
         """
         with outside_inference_mode():
             return self._step.loss(usable(support), usable(query), task_weights)
 
     def adapt(self, support: Any, steps: int | None = None) -> Learners:
-        """Every task's model after ``steps`` inner steps (None: as many as in training; 0: unadapted), without a graph.
+        """Every task's adapted model, without a graph.
 
         Buffers of the model, such as running statistics, stay as they are.
 
         Args:
             support: as in a call.
+            steps: number of inner steps; None: as many as in training; 0: unadapted.
         """
         with outside_inference_mode(), torch.no_grad():
             return self._adapt(usable(support), self.steps if steps is None else check_count("steps", steps))
@@ -231,22 +235,22 @@ class MetaLearner(nn.Module):
 
     @abstractmethod
     def task_results(self, support: Any, query: Any, tasks: int) -> TaskResults:
-        """What the algorithm computes for some tasks; the gradient of ``losses`` is its meta-gradient.
+        """The algorithm itself: losses of some tasks, whose gradient is the meta-gradient.
 
         Args:
-            support, query: as in a call; checked, and perhaps fewer tasks than the call has. ``query`` may be None where the
-                algorithm's ``forward`` allows it.
-            tasks: their number T.
+            support: as in a call, checked already; perhaps of fewer tasks than the call has.
+            query: likewise; None where the algorithm's ``forward`` allows it.
+            tasks: number of tasks T.
         """
 
     def start(self, support: Any) -> Start:
-        """Where the inner loop starts: by default at the model's parameters, for all tasks."""
+        """The start of the inner loop: by default the model's parameters, for all tasks."""
         adapted, shared = self.split_parameters()
         self.rates.check_names(self._rated(adapted))
         return Start(params=adapted, shared=shared, rates=self.rates)
 
     def inner_losses(self, start: Start) -> Losses:
-        """What the inner loop minimises: by default ``loss_fn`` on the support set."""
+        """The losses that the inner loop minimises: by default ``loss_fn`` on the support set."""
         return self.task_losses
 
     def inner_loop(self, start: Start, order: int, checkpoint: bool = False) -> InnerLoop:
@@ -254,7 +258,7 @@ class MetaLearner(nn.Module):
         return InnerLoop(self.inner_losses(start), self.inner, order, checkpoint, self.micro_batches)
 
     def training_loop(self, start: Start, support: Any, tasks: int) -> InnerLoop:
-        """The inner loop of a call: of the learner's order, with graphs kept or rebuilt as ``checkpoint`` says."""
+        """The inner loop of a call: with the learner's order, and with graphs kept or rebuilt as ``checkpoint`` says."""
         return self.inner_loop(start, self.order, self._rebuilds(start, support, tasks))
 
     def split_parameters(self) -> ParameterSplit:
@@ -308,15 +312,15 @@ class MetaLearner(nn.Module):
         return self._graphs_fit[shapes]
 
     def _use_task_model(self, model: nn.Module, task_batching: str) -> None:
-        """Tasks compute with ``model``: by default the learner's; some algorithms put that into another one."""
+        """Chooses the model that tasks compute with: the learner's, or one that contains it."""
         # Not submodules of this one: they hold the model again, under other names.
         self.task_losses = TaskLosses(model, self.loss_fn, task_batching)
         self._task_model = TaskModel(model, task_batching, in_steps=False)
 
     def _rated(self, adapted: Params) -> Params:
-        """The parameters that learned rates are for, where these are adapted."""
+        """The parameters that have learned rates, given the adapted ones."""
         return adapted
 
     def _names_for_tasks(self, params: Params) -> Params:
-        """Parameters of the model by the names that they have in the model that tasks compute with."""
+        """Parameters of the learner's model by their names in the model that tasks compute with."""
         return params

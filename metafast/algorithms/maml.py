@@ -26,7 +26,8 @@ class MAML(MetaLearner):
     Args:
         model, loss_fn, inner, steps, order, options: as for :class:`metafast.MetaLearner`.
         step_weights: ``steps`` numbers w_k for the multi-step loss Σ_k w_k L_i(θ_i,k+1) of MAML++ (Antoniou, Edwards and
-            Storkey, ICLR 2019, section 4), the query loss after each step; None: after the last alone.
+            Storkey, ICLR 2019, section 4), where L_i(θ_i,k+1) is the query loss after step k; None: the query loss after
+            the last step alone.
 
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.
@@ -50,6 +51,7 @@ class MAML(MetaLearner):
         self.step_weights = None if step_weights is None else [float(weight) for weight in step_weights]
 
     def task_results(self, support: Any, query: Any, tasks: int) -> TaskResults:
+        """The query losses after the inner loop, or with ``step_weights`` their weighted sum over the steps."""
         start = self.start(support)
         loop = self.training_loop(start, support, tasks)
         if self.step_weights is None or self.steps == 0:

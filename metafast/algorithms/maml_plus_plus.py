@@ -14,7 +14,9 @@ from metafast.inner import Rule
 
 
 class MAMLPlusPlus(MAML):
-    """MAML++ (Antoniou, Edwards and Storkey, "How to train your MAML", ICLR 2019, section 4): MAML with
+    """MAML++ (Antoniou, Edwards and Storkey, "How to train your MAML", ICLR 2019, section 4).
+
+    MAML with
 
     - multi-step loss (MSL): Σ_k v_k L_i(θ_i,k) over the parameters after each step (equation 4). Over the first
       ``multi_step_epochs`` epochs the weights move from equal ones towards the last step's, as in the authors' code;
@@ -26,10 +28,10 @@ class MAMLPlusPlus(MAML):
     belong to the model, and its cosine schedule to the outer optimizer.
 
     Args:
-        model, loss_fn, inner, steps, options: as for :class:`metafast.MAML`. A ``learn`` of ``inner`` that names ``lr`` has
-            its way.
-        multi_step_epochs: at least 0; without any, the last step alone counts from the start.
-        first_order_epochs: at least 0.
+        model, loss_fn, inner, steps, options: as for :class:`metafast.MAML`. Where ``inner.learn`` names ``lr``, that
+            granularity is used.
+        multi_step_epochs: epochs of the multi-step loss, at least 0; with 0 the last step alone counts from the start.
+        first_order_epochs: epochs of first order, at least 0.
 
     Attributes:
         epoch: number of the current epoch, from 0.
@@ -52,15 +54,15 @@ class MAMLPlusPlus(MAML):
         self._set_epoch(0)
 
     def next_epoch(self) -> None:
-        """Anneals order and weights to the next epoch's."""
+        """Goes on to the next epoch: its order and its weights of the steps."""
         self._set_epoch(self.epoch + 1)
 
     def get_extra_state(self) -> dict[str, int]:
-        """What ``state_dict()`` carries besides tensors."""
+        """The number of the epoch, for ``state_dict()``."""
         return {"epoch": self.epoch}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Goes on in the epoch of the state."""
+        """Sets the epoch that the state names."""
         self._set_epoch(state["epoch"])
 
     def _set_epoch(self, epoch: int) -> None:

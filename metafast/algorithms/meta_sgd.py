@@ -15,7 +15,7 @@ from metafast.inner import Rule
 
 
 class MetaSGD(MAML):
-    """Meta-SGD (Li, Zhou, Chen and Li, arXiv 1707.09835, algorithm 1): MAML that also learns α, a rate a parameter.
+    """Meta-SGD (Li, Zhou, Chen and Li, arXiv 1707.09835, algorithm 1): MAML that also learns α, a rate per parameter.
 
     The inner step is θ_i' = θ − α ∘ ∇L_i(θ) (equation 2 of the paper), and the meta-gradient is that of
     mean_i L_i(θ_i') by θ and by α (equation 3). α is in ``rates``; the paper starts it at random numbers in [0.005, 0.1]::
@@ -25,8 +25,8 @@ class MetaSGD(MAML):
 
     Args:
         model, loss_fn, steps, order, step_weights, options: as for :class:`metafast.MAML`. The paper takes one step.
-        inner: as for MAML; ``lr`` is where α starts. A ``learn`` that names ``lr`` has its way, "parameter_step" for
-            instance.
+        inner: as for MAML; α starts at its ``lr``. Where ``inner.learn`` names ``lr``, that granularity is used, for example
+            "parameter_step".
     """
 
     def __init__(

@@ -28,10 +28,10 @@ class ProtoMAML(MAML):
     Args:
         model: embeds inputs ``[n, …]`` as ``[n, d]``.
         loss_fn: as for :class:`metafast.MAML`; the model it gets has the head: ``model(inputs)`` are logits ``[n, ways]``.
-        ways, inputs, labels: as for :class:`metafast.ProtoNet`; with ``PerStep``, prototypes are of the first batch.
+        ways, inputs, labels: as for :class:`metafast.ProtoNet`; with ``PerStep``, the first batch gives the prototypes.
         inner, steps, order, step_weights, options: as for :class:`metafast.MAML`. ``adapt_parameters`` chooses among the
-            embedding's parameters; the head is always adapted, and its learned rates are "weight" and "bias". Since it
-            differs among tasks, rates for single parameters are not learned.
+            embedding's parameters; the head is always adapted, and its learned rates are "weight" and "bias". Rates per
+            single parameter are not learned, since the head differs between tasks.
     """
 
     def __init__(
@@ -59,6 +59,7 @@ class ProtoMAML(MAML):
         self._use_task_model(_Headed(model), batching)
 
     def start(self, support: Any) -> Start:
+        """The model's parameters for all tasks, and a head per task from its prototypes."""
         start = super().start(support)
         prototypes, _ = self._prototypes.compute({}, {**start.params, **start.shared}, (support_at(support, 0),))
         return Start(
@@ -77,7 +78,7 @@ class ProtoMAML(MAML):
 
 
 class _Headed(nn.Module):
-    """An embedding and a linear head; every task puts its own in."""
+    """An embedding and a linear head, which is another one for every task."""
 
     weight: Tensor
     bias: Tensor

@@ -33,9 +33,9 @@ class ProtoNet(MetaLearner):
         model: embeds inputs ``[n, …]`` as ``[n, d]``.
         loss_fn: as for :class:`metafast.MetaLearner`; the model it gets is the classifier: ``model(inputs)`` are
             the logits ``[n, ways]``.
-        ways: number of classes; labels are from 0.
-        inputs, labels: ``inputs(batch)`` is what the model takes of a task's support set, ``labels(batch)`` the classes
-            ``[n]``. Without them, batches are pairs ``(inputs, labels)``, or dicts of inputs and ``"label"`` or
+        ways: number of classes; labels count from 0.
+        inputs, labels: functions of a task's support set: ``inputs(batch)`` gives the model's input, ``labels(batch)`` the
+            classes ``[n]``. Without them, batches are pairs ``(inputs, labels)``, or dicts of inputs and ``"label"`` or
             ``"labels"``.
         options: as for :class:`metafast.MetaLearner`. There are no steps to checkpoint.
     """
@@ -57,12 +57,18 @@ class ProtoNet(MetaLearner):
         self._use_task_model(_Nearest(model), batching)
 
     def adapt(self, support: Any, steps: int | None = None) -> Learners:
-        """Every task's classifier: ``learners(inputs)`` are the logits ``[T, n, ways]``. There are no steps to take."""
+        """Every task's classifier: ``learners(inputs)`` are the logits ``[T, n, ways]``.
+
+        Args:
+            support: as in a call.
+            steps: None or 0: there are no steps to take.
+        """
         if steps:
             raise ValueError(f"steps: ProtoNet takes none, expected None or 0, got {steps}")
         return super().adapt(support, 0)
 
     def start(self, support: Any) -> Start:
+        """The prototypes of every task."""
         if isinstance(support, PerStep):
             raise TypeError("support: ProtoNet takes no steps, expected one support set, got PerStep")
         shared = self.split_parameters().shared
@@ -71,6 +77,7 @@ class ProtoNet(MetaLearner):
         return Start(params={}, shared=self._names_for_tasks(shared), own=own)
 
     def split_parameters(self) -> ParameterSplit:
+        """The model's parameters, all shared by the tasks."""
         adapted, shared = super().split_parameters()
         return ParameterSplit({}, {**adapted, **shared})
 
@@ -78,13 +85,14 @@ class ProtoNet(MetaLearner):
         return of_body(params)
 
     def task_results(self, support: Any, query: Any, tasks: int) -> TaskResults:
+        """The query losses of the classifiers by prototypes."""
         start = self.start(support)
         losses, metrics = self.task_losses.compute(start.own, start.shared, query)
         return TaskResults(losses, torch.empty(0, tasks, device=losses.device), losses, metrics)
 
 
 class _Nearest(nn.Module):
-    """Logits −‖f(x) − c_k‖² of an embedding f; every task puts its prototypes in."""
+    """Logits −‖f(x) − c_k‖² of an embedding f, with prototypes per task."""
 
     prototypes: Tensor
     present: Tensor

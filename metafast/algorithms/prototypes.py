@@ -14,7 +14,7 @@ Part: TypeAlias = Callable[[Any], Any]
 
 
 def inputs_of(batch: Any) -> Any:
-    """What the model takes, of a pair ``(inputs, labels)`` or a dict of inputs and ``"label"`` or ``"labels"``."""
+    """The inputs of a pair ``(inputs, labels)`` or of a dict of inputs and ``"label"`` or ``"labels"``."""
     if isinstance(batch, Mapping):
         (name,) = (key for key in batch if key != _label_key(batch))
         return batch[name]
@@ -22,7 +22,7 @@ def inputs_of(batch: Any) -> Any:
 
 
 def labels_of(batch: Any) -> Tensor:
-    """The classes, of the same."""
+    """The classes of a pair ``(inputs, labels)`` or of a dict of inputs and ``"label"`` or ``"labels"``."""
     return batch[_label_key(batch)] if isinstance(batch, Mapping) else _pair(batch)[1]
 
 
@@ -46,7 +46,7 @@ def _pair(batch: Any) -> Any:
 
 
 def check_ways(ways: int) -> int:
-    """``ways``, or TypeError or ValueError where it is no number of classes."""
+    """Returns ``ways``. Raises TypeError or ValueError where it is no number of classes."""
     if isinstance(ways, bool) or not isinstance(ways, int):
         raise TypeError(f"ways: expected an int, got {type(ways).__name__}")
     if ways < 1:
@@ -60,7 +60,7 @@ class Prototypes(nn.Module):
     Args:
         model: embeds inputs ``[n, …]`` as ``[n, d]``.
         ways: number of classes.
-        inputs, labels: which part of a batch is what; labels are ``[n]``, from 0.
+        inputs, labels: functions that give the inputs and the labels ``[n]`` of a batch; labels count from 0.
     """
 
     def __init__(self, model: nn.Module, ways: int, inputs: Part, labels: Part) -> None:
@@ -71,7 +71,7 @@ class Prototypes(nn.Module):
         self._labels = labels
 
     def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """The means ``[ways, d]``, and which classes have examples, ``[ways]``."""
+        """The means ``[ways, d]``, and for each class whether it has examples, ``[ways]``."""
         embedded = self.model(self._inputs(batch))
         if embedded.ndim != 2:
             raise ValueError(f"model: expected embeddings [examples, size], got shape {tuple(embedded.shape)}")
@@ -82,5 +82,5 @@ class Prototypes(nn.Module):
 
 
 def of_body(params: Params) -> Params:
-    """An embedding's parameters by their names in the classifier that has it as ``body``."""
+    """An embedding's parameters by their names in a classifier whose attribute ``body`` is the embedding."""
     return {f"body.{name}": p for name, p in params.items()}

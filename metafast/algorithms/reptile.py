@@ -21,8 +21,8 @@ class Reptile(MetaLearner):
     ``torch.optim.SGD(lr=ε)`` is the paper's own outer step θ ← θ + ε mean_i (θ_i' − θ), and any other optimizer works.
 
     Args:
-        model, loss_fn, inner, steps, options: as for :class:`metafast.MetaLearner`. Only adapted parameters
-            are learned, and no rates.
+        model, loss_fn, inner, steps, options: as for :class:`metafast.MetaLearner`. Only adapted parameters get a gradient.
+            Rates are not learned.
     """
 
     def __init__(
@@ -35,11 +35,12 @@ class Reptile(MetaLearner):
     def forward(self, support: Any, query: Any = None, task_weights: Tensor | None = None) -> Tensor:
         """The query loss after adaptation, or without ``query`` the support loss at the last inner step, over tasks.
 
-        Either way the gradient is Reptile's: a query set is looked at, not learned from.
+        The gradient is Reptile's in both cases: nothing is learned from the query set.
         """
         return super().forward(support, query, task_weights)
 
     def task_results(self, support: Any, query: Any, tasks: int) -> TaskResults:
+        """The query or support losses, with Reptile's gradient."""
         start = self.start(support)
         with torch.no_grad():
             adapted = self.inner_loop(start, order=1).run(start, support, tasks, self.steps)

@@ -1,6 +1,6 @@
-"""Other libraries' calls over this library's ops: a script that uses what is here runs with one import changed.
+"""The calls of other libraries over this library's ops. A script that uses these calls runs with one import changed.
 
-Served are the gradient-based algorithms and what they are made of; data sets, models and trainers stay with their libraries.
+The gradient-based algorithms and their parts are served. Data sets, models and trainers stay with their libraries.
 
 ``import metafast.compat.learn2learn as learn2learn``, ``import metafast.compat.higher as higher``.
 """

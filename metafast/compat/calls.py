@@ -15,6 +15,6 @@ __all__ = ["called", "follow"]
 
 @contextlib.contextmanager
 def called(module: nn.Module, names: Names) -> Iterator[None]:
-    """``module`` runs inside :func:`metafast.accelerate`, and so does what torch recomputes of it later."""
+    """Runs ``module`` inside :func:`metafast.accelerate`; checkpointed parts are recomputed inside it too."""
     with accelerated_thread(names), recomputed_with(module, None, names):
         yield

@@ -27,7 +27,7 @@ def update(
 
 
 def broadcast(rate: Tensor, params: Tensors) -> Tensor | list[Tensor]:
-    """A rate as ``task_update`` takes it, of whatever shape arithmetic with the parameters allows."""
+    """A rate of any shape that broadcasts with the parameters, as ``task_update`` takes it."""
     if rate.numel() == 1:
         return rate.reshape(())
     return [rate.to(p.dtype).expand(p.shape).contiguous() for p in params]

@@ -13,7 +13,7 @@ from metafast.tasks.text import encode
 
 @dataclass(frozen=True)
 class Example:
-    """A text that was not learned from, its label, and what was predicted before and after adaptation."""
+    """A text that was held back, its label, and the predictions before and after adaptation."""
 
     text: str
     label: str
@@ -24,14 +24,14 @@ class Example:
 def adapt(
     folder: Folder, texts: dict[str, list[str]], *, shots: int | None = None, steps: int = 10, seed: int = 0
 ) -> list[Example]:
-    """Adapts a checkpoint to ``texts`` and predicts what it did not learn from.
+    """Adapts a checkpoint to some of ``texts`` and predicts the labels of the others.
 
     Args:
         folder: a run of the demo.
         texts: from label to its texts; at most as many labels as the checkpoint has ways, more than ``shots`` texts each.
         shots: texts of each label to learn from, drawn at random; None takes the checkpoint's.
         steps: inner steps.
-        seed: of the draw.
+        seed: seed of the draw.
 
     Raises:
         ValueError: the folder holds no such checkpoint, or another argument is not as described.

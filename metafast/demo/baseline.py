@@ -1,4 +1,4 @@
-"""What one would do without meta-learning: learn to tell all training languages apart, then fine-tune with a new head."""
+"""The baseline without meta-learning: training on all training languages jointly, then fine-tuning with a new head."""
 
 from __future__ import annotations
 

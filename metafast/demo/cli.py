@@ -12,10 +12,10 @@ from metafast.demo.config import ALGORITHMS, Config
 from metafast.demo.files import Folder
 
 _HELP = {
-    "ways": "languages an episode",
-    "shots": "names of each language to learn from",
+    "ways": "languages per episode",
+    "shots": "names per language to learn from",
     "steps": "inner steps in training",
-    "seed": "of the first parameters and of the episodes",
+    "seed": "seed of the initial parameters and of the episodes",
     "iterations": "meta-steps",
 }
 
@@ -27,7 +27,9 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
     for name, text in _HELP.items():
         default = getattr(defaults, name)
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default: {default})")
-    parser.add_argument("--backend", choices=BACKENDS, default=defaults.backend, help="default: %(default)s")
+    parser.add_argument(
+        "--backend", choices=BACKENDS, default=defaults.backend, help="backend of every op (default: %(default)s)"
+    )
     parser.add_argument(
         "--out", type=Path, default=Path("runs/demo"), help="folder of the results (default: %(default)s)"
     )
@@ -43,11 +45,11 @@ def add_adapt(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--languages", help="codes with commas between, such as ka,hy,eo,cy,br")
     source.add_argument("--file", type=Path, help="a CSV file with the columns text and label")
-    parser.add_argument("--shots", type=int, help="texts of each label to learn from (default: the checkpoint's)")
-    parser.add_argument("--steps", type=int, default=10, help="steps of adaptation (default: %(default)s)")
-    parser.add_argument("--show", type=int, default=5, help="examples of each label (default: %(default)s)")
+    parser.add_argument("--shots", type=int, help="texts per label to learn from (default: as in the checkpoint)")
+    parser.add_argument("--steps", type=int, default=10, help="inner steps of the adaptation (default: %(default)s)")
+    parser.add_argument("--show", type=int, default=5, help="examples to print per label (default: %(default)s)")
     parser.add_argument(
-        "--seed", type=int, default=0, help="of the draw of what is learned from (default: %(default)s)"
+        "--seed", type=int, default=0, help="seed of the draw of the texts to learn from (default: %(default)s)"
     )
     parser.set_defaults(run=_adapt)
 

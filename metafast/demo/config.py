@@ -1,4 +1,4 @@
-"""What a run of the demo is made of."""
+"""Settings, model, learner and loss of a run of the demo."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ ALGORITHMS = ("maml", "fomaml", "reptile")
 
 @dataclass(frozen=True)
 class Config:
-    """Settings of a run; what a checkpoint must agree with to be resumed.
+    """Settings of a run. A run resumes a checkpoint of the same settings alone.
 
     Args:
         algorithm: ``"maml"`` (second order), ``"fomaml"`` or ``"reptile"``.
-        ways, shots, queries: languages an episode, names of each to learn from, names of each to ask about.
+        ways, shots, queries: languages per episode, names per language to learn from, names per language to ask about.
         steps: inner steps in training.
-        tasks: episodes a meta-step.
+        tasks: episodes per meta-step.
         iterations: meta-steps.
         inner_lr, outer_lr: learning rates; the outer one falls to 0 along a cosine.
         width, layers, heads, max_length: of the classifier; ``max_length`` in bytes.
-        seed: of the first parameters and of the episodes.
+        seed: seed of the initial parameters and of the episodes.
         backend: ``"fused"``, ``"reference"`` or ``"auto"``; their numbers differ by rounding.
     """
 
@@ -59,18 +59,19 @@ class Config:
         check_seed(self.seed)
 
     def to_json(self) -> dict[str, Any]:
+        """The settings by name."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Config:
-        """Raises ValueError where the settings are not those of this version."""
+        """Settings from :meth:`to_json`. Raises ValueError where their names are not those of this version."""
         known = {field.name for field in fields(cls)}
         if set(values) != known:
             raise ValueError(f"config: expected the settings {sorted(known)}, got {sorted(values)}")
         return cls(**values)
 
     def model(self, classes: int | None = None) -> EncoderClassifier:
-        """A fresh classifier, of ``ways`` classes where ``classes`` is None. Its parameters depend on ``seed`` alone."""
+        """A new classifier of ``classes`` classes; None: ``ways``. Its parameters depend on ``seed`` alone."""
         with torch.random.fork_rng([]):
             torch.manual_seed(self.seed)
             model = EncoderClassifier(
@@ -88,6 +89,7 @@ class Config:
         return model
 
     def learner(self, model: nn.Module, inner_lr: float | None = None) -> MetaLearner:
+        """The algorithm of these settings on ``model``."""
         rule = inner.SGD(lr=self.inner_lr if inner_lr is None else inner_lr)
         if self.algorithm == "reptile":
             return Reptile(model, loss_fn, inner=rule, steps=self.steps)
@@ -95,7 +97,7 @@ class Config:
 
 
 def check_seed(seed: int) -> None:
-    """Raises ValueError where torch's generators do not take the seed."""
+    """Raises ValueError where torch's generators do not accept the seed."""
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed: expected a number from -2**63 to 2**64 - 1, got {seed}")
 

@@ -1,4 +1,4 @@
-"""Accuracy on episodes of languages that no training saw."""
+"""Accuracy on episodes of languages that were not in the training."""
 
 from __future__ import annotations
 
@@ -38,12 +38,15 @@ def accuracy_after(
     episodes: int,
     seed: int,
 ) -> dict[int, Accuracy]:
-    """Accuracy after some numbers of inner steps, each with its learning rate; the same episodes for the same seed.
+    """Accuracy after several numbers of inner steps, each with its learning rate. A seed always gives the same episodes.
 
     Args:
-        model: of ``config.ways`` classes.
+        model: a classifier of ``config.ways`` classes.
         learning_rates: from the number of steps to the inner learning rate.
-        episodes, seed: how many are drawn, from ``names``, and from which random numbers.
+        config: settings of the run.
+        names: texts by label, from which episodes are drawn.
+        episodes: how many are drawn.
+        seed: seed of the draw.
     """
     found: dict[int, list[torch.Tensor]] = {steps: [] for steps in learning_rates}
     learners = {lr: MAML(model, loss_fn, inner=inner.SGD(lr=lr)) for lr in set(learning_rates.values())}

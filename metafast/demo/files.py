@@ -80,7 +80,7 @@ class Folder:
 
 @dataclass
 class Progress:
-    """Where a training is: everything that its next step depends on, besides the settings."""
+    """The state of a training: everything that its next step depends on, besides the settings."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer

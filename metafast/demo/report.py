@@ -1,4 +1,4 @@
-"""What a run says at its end: one table, one file of numbers, one plot."""
+"""The report at the end of a run: one table, one file of numbers, one plot."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def write_results(folder: Folder, config: Config, results: Results) -> None:
 
 
 def peak_memory_mib() -> float:
-    """Of this process, as the operating system counts it."""
+    """The peak memory of this process, as the operating system counts it."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 

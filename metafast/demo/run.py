@@ -1,4 +1,4 @@
-"""The main job from beginning to end: train, train the baseline, evaluate both, report."""
+"""The demo from beginning to end: train, train the baseline, evaluate both, report."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TEST_SEED, LATIN_SEED, VALIDATION_SEED = 1_000_001, 1_000_002, 1_000_003
 
 @dataclass(frozen=True)
 class Effort:
-    """How many episodes the evaluation takes: on held-out languages, to choose rates, on those in Latin script."""
+    """Numbers of episodes of the evaluation: on held-out languages, to choose rates, on languages in Latin script."""
 
     test: int = 200
     validation: int = 40
@@ -89,7 +89,7 @@ def run(
 
 
 def _rehearse(config: Config, languages: Languages) -> None:
-    """Finds out what is wrong with the settings, or missing here, before an earlier run's results are touched."""
+    """Raises the error of wrong settings, or of missing packages, before an earlier run's results are touched."""
     for name in ("matplotlib", "safetensors", "tqdm"):
         importlib.import_module(name)
     languages.check(config)

@@ -24,7 +24,7 @@ MAX_NORM = 1.0
 
 
 def start(config: Config, folder: Folder, resume: bool) -> Progress:
-    """A training's first state, or that of the folder's checkpoint.
+    """The first state of a training, or the state in the folder's checkpoint.
 
     Raises:
         ValueError: see :func:`metafast.demo.files.restore`.
@@ -41,7 +41,9 @@ def start(config: Config, folder: Folder, resume: bool) -> Progress:
 
 
 def train(config: Config, languages: Languages, folder: Folder, progress: Progress, quiet: bool = False) -> None:
-    """Meta-trains to the last iteration; a line of ``metrics.jsonl`` an iteration, a checkpoint every 25 and at the end.
+    """Meta-trains to the last iteration.
+
+    Writes a line of ``metrics.jsonl`` per iteration, and a checkpoint every 25 iterations and at the end.
 
     Raises:
         KeyboardInterrupt: Ctrl-C was pressed; a checkpoint of the last whole step is written.

@@ -1,4 +1,4 @@
-"""Which of a model's parameters the inner loop adapts."""
+"""The parameters of a model that the inner loop adapts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class ParameterSplit(NamedTuple):
 
 
 class AdaptedParameters:
-    """Which parameters of a model are adapted: chosen once, by ``selection``, and known by name from then on.
+    """The adapted parameters of a model. ``selection`` chooses them once; from then on they are known by name.
 
     Args:
         model: the module.
@@ -54,7 +54,7 @@ class AdaptedParameters:
     def split(self, model: nn.Module) -> ParameterSplit:
         """The parameters as they are now, without those that were frozen since.
 
-        Where all adapted ones were frozen, as in a copy for evaluation, they are adapted all the same.
+        Where all adapted parameters were frozen, as in a copy for evaluation, they are adapted nevertheless.
 
         Raises:
             ValueError: the model has gained or lost parameters since.

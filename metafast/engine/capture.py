@@ -35,12 +35,12 @@ Key = tuple[tuple[str, Any], ...]
 
 
 class Capture:
-    """Functions of a module's parameters and buffers and of other tensors, replayed.
+    """Records and replays functions of a module's parameters and buffers and of other tensors.
 
     Args:
-        module: whose parameters and buffers the functions use. How many replays are compared with the function itself, its
-            ``capture_check`` says.
-        watched: names of its attributes, modules or other objects, whose own attributes the functions may set.
+        module: the functions use its parameters and buffers. Its ``capture_check`` is the number of replays that are
+            compared with the function itself.
+        watched: names of its attributes (modules or other objects) on which the functions may set attributes.
     """
 
     def __init__(self, module: nn.Module, watched: tuple[str, ...] = ()) -> None:
@@ -54,10 +54,12 @@ class Capture:
         self._left: set[tuple[int, Any]] = set()
 
     def replay(self, name: str, function: Callable[..., Any], *arguments: Any, update_buffers: bool = True) -> Any:
-        """``function(*arguments)`` without a graph; recorded when the name, the arguments' structure and shapes, or
-        anything in :meth:`_settings` is new.
+        """``function(*arguments)`` without a graph.
+
+        It is recorded where the name, the structure or shapes of the arguments, or anything in :meth:`_settings` is new.
 
         Args:
+            name: name of the program.
             function: gives a pytree of tensors; runs with the module's parameters as leaves of a graph of its own.
             arguments: pytrees of tensors; None stands for itself.
             update_buffers: whether buffers get the values that the function leaves in them.
@@ -141,7 +143,7 @@ class Capture:
         return _Kept(program, buffers, recording.left, Check(self._replays(), seconds, inputs))
 
     def _recorded_once(self, call: Call, inputs: list[Tensor]) -> _Recording:
-        """A program; attributes and buffers are as they were before."""
+        """Records a program and puts attributes and buffers back as they were before."""
         before = self._attributes()
         buffers: dict[str, bool] = {}
         # What changed: tensors, by themselves or inside of something, and everything else.
@@ -183,7 +185,7 @@ class Capture:
         return Attributes(*(getattr(self._module, name) for name in self._watched))
 
     def _state(self) -> tuple[dict[str, Tensor], tuple[tuple[str, str], ...]]:
-        """The module's parameters and buffers by their first names; and every name of them, with the first one."""
+        """The module's parameters and buffers by their first names; and all their names, each with the first name."""
         first: dict[int, str] = {}
         state: dict[str, Tensor] = {}
         names = []
@@ -210,7 +212,7 @@ class Capture:
         )
 
     def _settings(self, device: str) -> Iterator[tuple[str, Any]]:
-        """What the module's functions depend on besides tensors, by name."""
+        """The settings that the module's functions depend on besides tensors, by name."""
         yield "grad mode", torch.is_grad_enabled()
         yield "backend", requested_backend()
         yield "autocast", (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
@@ -219,7 +221,7 @@ class Capture:
             yield from self._module_settings(name, module, _NO_SETTINGS if name else _NO_OPTIONS)
 
     def _module_settings(self, path: str, module: nn.Module, without: frozenset[str]) -> Iterator[tuple[str, Any]]:
-        """What may change in a module between calls: numbers, strings, which tensors it has besides its own, its hooks."""
+        """The settings of a module that may change between calls: numbers, strings, plain tensors, hooks."""
         own = vars(module)
         yield f"class of {path}", type(module)
         for name, value in own.items():
@@ -237,13 +239,13 @@ Place = tuple[Any, Any]
 
 
 class _Kept(NamedTuple):
-    """A program, and what is done with its results.
+    """A program, and the places of its results.
 
     Attributes:
-        program: gives the function's result, buffers, and what it leaves in attributes.
-        buffers: names of those that it changes; None for those whose values it gives as they were.
-        left: places for the last of these; None for what stays as it is.
-        check: of its first replays.
+        program: gives the function's result, the values of buffers, and tensors that the function leaves in attributes.
+        buffers: names of the buffers, in the order of their values; None for a buffer that the program does not change.
+        left: places of the tensors that are left in attributes; None for an attribute that stays as it is.
+        check: the comparison of the first replays.
     """
 
     program: Program
@@ -253,14 +255,14 @@ class _Kept(NamedTuple):
 
 
 class _Recording(NamedTuple):
-    """What was recorded.
+    """A recorded program and what it leaves behind.
 
     Attributes:
         program: gives the function's result, the values of buffers, and tensors that were left in attributes.
-        buffers: those that may have changed, and whether others stand in their places.
-        left: as of :class:`_Kept`.
-        new: attributes and caches that the call left as other ones than before.
-        moving: those among them that a replay cannot leave as the call does.
+        buffers: the buffers that may have changed, by name, and whether other tensors took their places.
+        left: as in :class:`_Kept`.
+        new: attributes and caches that the call changed.
+        moving: the changed attributes and caches that a replay cannot leave as the call does.
     """
 
     program: Program
@@ -277,10 +279,10 @@ _NO_OPTIONS = _NO_SETTINGS | {"outcome", "_graphs_fit"}
 
 
 def _places(program: Program, made: list[tuple[Change, Tensor]]) -> tuple[list[Place | None], list[str]]:
-    """Where the last tensors of a program's results belong, and the paths where a replay cannot put them.
+    """The places of the last tensors of a program's results, and the paths where a replay cannot put them.
 
-    What is the same at every call stays what an ordinary call made it. An attribute that the call does not read gets the
-    tensor of each replay.
+    A value that is the same at every call stays as an ordinary call made it. An attribute that the call does not read gets
+    the tensor of each replay.
     """
     read = {id(tensor) for tensor in program.reached}
     left: list[Place | None] = []

@@ -13,14 +13,14 @@ from metafast.engine.replay_state import may_have_changed
 
 
 class Call:
-    """A function of a module's parameters and buffers and of other tensors, given all of them.
+    """A function that takes a module's parameters and buffers as arguments, before its other tensors.
 
     Args:
-        module: whose parameters and buffers the function uses.
-        state: these, by name.
+        module: the module whose parameters and buffers the function uses.
+        state: the parameters and buffers by name.
         function: gives a pytree of tensors.
-        structure: of its arguments.
-        absent: which leaves of the arguments are None.
+        structure: structure of the function's arguments.
+        absent: for each leaf of the arguments, whether it is None.
     """
 
     def __init__(
@@ -41,8 +41,8 @@ class Call:
         """The function's result, and the buffers that it may have changed.
 
         Args:
-            tensors: in the places of ``state``, then of the arguments that are not None. Buffers may be written to.
-            changed: the names of these buffers, and whether others stand in their places; grows.
+            tensors: replace those of ``state``, then the arguments that are not None. Buffers may be written to.
+            changed: gets the names of the changed buffers, and whether other tensors took their places.
         """
         given = iter(tensors)
         own = {name: next(given).detach().requires_grad_(tensor.requires_grad) for name, tensor in self.state.items()}

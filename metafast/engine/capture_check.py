@@ -25,12 +25,12 @@ _SHARE = 1 / 3
 
 
 class Check:
-    """Compares replays with other numbers than the recorded ones, as many as wished.
+    """Compares the first replays that have other numbers than the recorded ones.
 
     Args:
-        replays: how many. After the first, no more than a third of the time is spent that recording took.
-        seconds: what recording took.
-        inputs: the recorded ones.
+        replays: how many are compared. Comparisons after the first take at most a third of the time of the recording.
+        seconds: time that the recording took.
+        inputs: the recorded inputs.
     """
 
     def __init__(self, replays: int, seconds: float, inputs: list[Tensor]) -> None:
@@ -42,10 +42,12 @@ class Check:
     def replay(
         self, program: Program, call: Call, inputs: list[Tensor], attributes: Callable[[], Attributes]
     ) -> tuple[Any, list[Tensor], Any]:
-        """``program.run(inputs)``, compared with the function where it is due.
+        """``program.run(inputs)``, compared with the function where a comparison is due.
 
         Args:
-            call: what was recorded.
+            program: the recorded program.
+            inputs: its inputs.
+            call: the recorded call.
             attributes: of the model, as they are when it is called.
 
         Raises:
@@ -117,7 +119,7 @@ def _difference(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _norm(tensor: Tensor) -> float:
-    """Of the finite values."""
+    """The norm of the finite values."""
     return float(tensor.detach().double().nan_to_num(0.0, 0.0, 0.0).norm())
 
 

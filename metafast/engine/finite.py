@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def finite_tasks(support_losses: Tensor, query_losses: Tensor | None) -> Tensor:
-    """Which tasks ``[T]`` have only finite losses."""
+    """For each task ``[T]``, whether all its losses are finite."""
     finite = torch.isfinite(support_losses).all(0)
     return finite if query_losses is None else finite & torch.isfinite(query_losses)
 
@@ -23,7 +23,7 @@ def check_finite(support_losses: Tensor, query_losses: Tensor | None) -> None:
 
 
 def describe_not_finite(support_losses: Tensor, query_losses: Tensor | None) -> list[str]:
-    """For each task with a loss that is not finite, a sentence about the first such loss, in the order of steps."""
+    """One sentence per task with a loss that is not finite, about its first such loss in the order of steps."""
     found: dict[int, str] = {}
     for step, task in (~torch.isfinite(support_losses)).nonzero().tolist():
         value = support_losses[step, task].item()

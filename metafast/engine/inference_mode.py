@@ -1,4 +1,4 @@
-"""``torch.inference_mode()``, in which trainers validate, around calls that take gradients inside."""
+"""Calls inside ``torch.inference_mode()``, in which trainers validate: gradients are taken inside nevertheless."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 @contextlib.contextmanager
 def outside_inference_mode() -> Iterator[None]:
-    """Inside of inference mode, ``torch.no_grad()`` instead, which an inner loop can leave for a while."""
+    """Replaces inference mode by ``torch.no_grad()``, which an inner loop can leave for a while."""
     if not torch.is_inference_mode_enabled():
         yield
         return

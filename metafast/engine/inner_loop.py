@@ -4,9 +4,9 @@ Step k computes every task's gradient at its θ_k and applies the rule. Forward 
 with checkpointing, only θ_k: backward then rebuilds one step's graph at a time, takes the rule's vector-Jacobian product
 around one Hessian-vector product, and frees it. Both give the same gradient; memory is that of K steps or of one.
 
-That product is reverse over reverse. Forward over reverse (Pearlmutter, Neural Computation 1994) does the same matrix
-products, of a rebuilt step: it can neither use kept graphs nor reach less memory to speak of, and is slower (``bench
-meta_step --select hessian``), so there is no such variant.
+The product is reverse over reverse. Forward over reverse (Pearlmutter, Neural Computation 1994) does the same matrix
+products of a rebuilt step. It cannot use kept graphs, saves hardly any memory and is slower (``bench meta_step --select
+hessian``). There is no such variant.
 """
 
 from __future__ import annotations
@@ -31,42 +31,46 @@ class Losses(Protocol):
 
     model: nn.Module
 
-    def compute(self, own: Params, shared: Params, batch: Any) -> tuple[Tensor, dict[str, Tensor]]: ...
+    def compute(self, own: Params, shared: Params, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """Losses ``[T]`` and metrics at parameters ``[T, *shape]`` (own) and ``[*shape]`` (shared)."""
+        ...
 
 
 class RatesAt(Protocol):
     """The learned rates of a step, as ``task_update`` takes them."""
 
-    def __call__(self, step: int) -> dict[str, Any]: ...
+    def __call__(self, step: int) -> dict[str, Any]:
+        """Rates of the step, by name."""
+        ...
 
 
 def no_rates(step: int) -> dict[str, Any]:
-    """All rates are numbers of the rule."""
+    """No learned rates: all rates are numbers of the rule."""
     return {}
 
 
 class Adapted(NamedTuple):
-    """What the inner loop gives: parameters ``[T, *shape]`` by name, and each step's support losses ``[K, T]``."""
+    """The result of the inner loop: parameters ``[T, *shape]`` by name, and the support losses ``[K, T]`` of each step."""
 
     params: Params
     losses: Tensor
 
     @staticmethod
     def joined(chunks: Sequence[Adapted]) -> Adapted:
-        """That of all tasks, from those of chunks of them."""
+        """The result for all tasks, from the results for chunks of them."""
         params = {name: torch.cat([chunk.params[name] for chunk in chunks]) for name in chunks[0].params}
         return Adapted(params, torch.cat([chunk.losses for chunk in chunks], dim=1))
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where the inner loop starts.
+    """The start of the inner loop.
 
     Args:
         params: parameters to adapt, ``[*shape]``, at first the same for all tasks.
-        shared: other parameters, ``[*shape]``: the losses depend on them, no step changes them or copies them.
-        own: further parameters to adapt that every task has its own of already, ``[T, *shape]``.
-        rates: learned rates.
+        shared: other parameters, ``[*shape]``. The losses depend on them; no step changes or copies them.
+        own: further parameters to adapt, ``[T, *shape]``: one per task from the start.
+        rates: the learned rates of a step, by its number.
     """
 
     params: Params
@@ -80,12 +84,12 @@ class InnerLoop:
     """K steps of a rule from shared parameters, for all tasks side by side.
 
     Args:
-        losses: what the steps minimise.
+        losses: the losses that the steps minimise.
         rule: the update rule.
-        order: 2 keeps what the exact meta-gradient needs; 1 takes the inner gradients as constants (FOMAML, Finn et al.
-            2017, section 5.2).
+        order: 2 for the exact meta-gradient; 1 takes the inner gradients as constants (FOMAML, Finn et al. 2017,
+            section 5.2).
         checkpoint: rebuild each step's graph in the backward pass instead of keeping it.
-        micro_batches: into how many parts a step cuts the examples of its support sets, whose gradients it adds up.
+        micro_batches: number of parts into which a step cuts the examples of its support sets. It adds up their gradients.
     """
 
     losses: Losses
@@ -105,7 +109,7 @@ class InnerLoop:
         return Adapted(params, torch.stack(losses) if losses else torch.empty(0, tasks, device=device))
 
     def steps(self, start: Start, support: Any, tasks: int, steps: int) -> Iterator[tuple[Params, Tensor]]:
-        """After each step, the parameters ``[T, *shape]``, and the support losses ``[T]`` before it, without a graph."""
+        """Per step: the parameters ``[T, *shape]`` after it, and the support losses ``[T]`` before it, without a graph."""
         params: Params = {**start.params, **start.own}
         state: dict[str, Params] = {}
         for number in range(steps):
@@ -115,7 +119,7 @@ class InnerLoop:
             yield params, losses.detach()
 
     def differentiable(self, function: Recomputable, inputs: Any) -> Any:
-        """``function(inputs, create_graph)``, its graph kept or rebuilt."""
+        """``function(inputs, create_graph)``, with its graph kept or rebuilt in the backward pass."""
         second = self.order == 2 and torch.is_grad_enabled()
         if second and self.checkpoint:
             return recomputed(function, inputs, self.losses.model)
@@ -123,7 +127,7 @@ class InnerLoop:
 
     @staticmethod
     def unadapted(start: Start, tasks: int) -> Params:
-        """Every task's parameters before the first step: views."""
+        """Every task's parameters before the first step, as views of the shared ones."""
         return {**{name: p.expand(tasks, *p.shape) for name, p in start.params.items()}, **start.own}
 
     def _step(
@@ -138,9 +142,10 @@ class InnerLoop:
         """One step as a function of tensors alone: parameters, state and rates in, the next ones and the losses out.
 
         Args:
-            batch, tasks: the support sets, and their number.
-            number: of the step.
-            own: names of the parameters that every task has its own of before the first step.
+            batch: the support sets.
+            tasks: their number.
+            number: number of the step, from 0.
+            own: names of the parameters that are one per task before the first step.
             inputs: parameters to adapt, the rule's state, shared parameters, rates.
             create_graph: whether the inner gradients get a graph.
         """

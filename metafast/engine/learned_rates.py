@@ -16,15 +16,15 @@ from metafast.inner import Rule
 class LearnedRates(nn.Module):
     """The rates that ``rule.learn`` names, as parameters that start at the rule's numbers.
 
-    One parameter tensor a rate: ``[]`` for granularity "number", ``[K]`` for "step", ``[n]`` for "tensor" and ``[K, n]`` for
-    "tensor_step" with n adapted tensors in the order of the model; a tensor for each of these, ``[*shape]`` for
-    "parameter" and ``[K, *shape]`` for "parameter_step". With ``rule.learn_log`` they hold logarithms, so that rates stay
-    positive.
+    A rate is one parameter tensor: ``[]`` for granularity "number", ``[K]`` for "step", ``[n]`` for "tensor" and ``[K, n]``
+    for "tensor_step", with n adapted tensors in the order of the model. For "parameter" and "parameter_step" it is one
+    tensor per adapted tensor, ``[*shape]`` and ``[K, *shape]``. With ``rule.learn_log`` the tensors hold logarithms, so that
+    rates stay positive.
 
     Args:
         rule: the inner rule.
         params: the adapted parameters by name.
-        steps: inner steps K of training. Later ones use the rates of the last.
+        steps: number K of inner steps of training. Later steps use the rates of the last one.
     """
 
     def __init__(self, rule: Rule, params: Mapping[str, Tensor], steps: int) -> None:
@@ -54,7 +54,7 @@ class LearnedRates(nn.Module):
                 self.register_parameter(rate, nn.Parameter(rates))
 
     def check_names(self, params: Iterable[str]) -> None:
-        """Raises ValueError where there are rates for each parameter, and it is no longer those that are adapted."""
+        """Raises ValueError where rates are per tensor or parameter, and other parameters are adapted now."""
         by_name = any(granularity.startswith(("tensor", "parameter")) for granularity in self._granularity.values())
         if by_name and (changed := sorted(set(params) ^ set(self._names))):
             raise ValueError(
@@ -86,7 +86,7 @@ def _key(name: str) -> str:
 
 
 def learning(rule: Rule, rate: str, granularity: str) -> Rule:
-    """The rule with this rate learned, unless it says already how that one is."""
+    """The rule with this rate learned, unless its ``learn`` names the rate already."""
     if not isinstance(rule, Rule) or rate in rule.learned:
         return rule
     return replace(rule, learn={**rule.learned, rate: granularity})

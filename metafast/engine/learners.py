@@ -17,11 +17,13 @@ from metafast.engine.task_model import TaskModel
 
 
 class Learners:
-    """The adapted models of a batch of tasks; ``learners(inputs)`` runs every task's on its own inputs, and
-    ``learners.model(task)`` is one of them as a module, to be saved or to generate text with.
+    """The adapted models of a batch of tasks.
+
+    ``learners(inputs)`` runs every task's model on its own inputs. ``learners.model(task)`` is one of them as a module, to
+    be saved or to generate text with.
 
     Attributes:
-        params: adapted parameters by name, ``[T, *shape]``, without a graph. All else is the model's own, not a copy.
+        params: adapted parameters by name, ``[T, *shape]``, without a graph. All else is the model's own and no copy.
     """
 
     def __init__(self, function: TaskModel, params: Params, shared: Params) -> None:
@@ -30,15 +32,16 @@ class Learners:
         self._shared = shared
 
     def __call__(self, *inputs: Any, **options: Any) -> Any:
-        """Outputs of every task's model, task dimension first; so are the inputs.
+        """Outputs of every task's model, with the task as first dimension.
 
         Args:
-            inputs, options: arguments of the model. Keyword arguments are the tasks' own if they are tensors, or hold
-                tensors alone; without one, such as ``output_attentions=True``, they are the same for all tasks.
-                ``use_cache`` of Hugging Face's models is False by default: a cache of keys and values has no task dimension.
+            inputs: positional arguments of the model, with the task as first dimension.
+            options: keyword arguments of the model. Tensors, and containers of tensors alone, have the task as first
+                dimension. Others, such as ``output_attentions=True``, are the same for all tasks. ``use_cache`` of Hugging
+                Face's models is False by default: a cache of keys and values has no task dimension.
 
         Raises:
-            TypeError, ValueError: an argument is not as described; outputs hold tensors in something that is no pytree.
+            TypeError, ValueError: an argument is not as described, or outputs hold tensors in something that is no pytree.
         """
         with outside_inference_mode():
             return self._compute(usable(inputs), usable(options))
@@ -69,8 +72,11 @@ class Learners:
     def model(self, task: int) -> nn.Module:
         """A copy of the model with the parameters of one task.
 
+        Args:
+            task: number of the task, from 0.
+
         Raises:
-            ValueError: the algorithm's learners have state besides the model's parameters (prototypes, a head of their own).
+            ValueError: the algorithm keeps more per task than the model's parameters (prototypes, a head).
             IndexError: there is no such task.
         """
         with outside_inference_mode():

@@ -1,4 +1,4 @@
-"""What graphs take, and what there is: how ``checkpoint="auto"`` decides."""
+"""The memory that graphs take, and the memory that is free: how ``checkpoint="auto"`` decides."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ SHARE = 0.5
 
 
 def graphs_fit(step: Callable[[], object], steps: int, device: torch.device) -> bool:
-    """Whether the graphs of ``steps`` steps fit into half of the free memory; what was found is logged.
+    """Whether the graphs of ``steps`` steps fit into half of the free memory. Logs the numbers.
 
     Args:
         step: computes one step and returns its graph.
-        steps: how many there will be.
-        device: whose memory counts.
+        steps: number of steps of the inner loop.
+        device: the device whose memory counts.
     """
     needed = steps * graph_bytes(step)
     free = free_bytes(device)
@@ -38,7 +38,7 @@ def graphs_fit(step: Callable[[], object], steps: int, device: torch.device) -> 
 
 
 class _Saved:
-    """A tensor that autograd keeps, for as long as it keeps it."""
+    """Holds a tensor that autograd keeps; lives as long as autograd keeps it."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor

@@ -1,4 +1,4 @@
-"""What a call in Python leaves on a model besides parameters and buffers: attributes of its modules."""
+"""Attributes of a model's modules, besides parameters and buffers, that a call in Python leaves changed."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class Change(NamedTuple):
     """A place that holds something else than before.
 
     Attributes:
-        path: such as ``encoder.mask`` or ``tables[12]``.
-        holder, key: the place; the key is None where all of the holder, a set, differs.
-        before, now: what it held and holds; None stands for nothing, too.
+        path: name of the place, such as ``encoder.mask`` or ``tables[12]``.
+        holder, key: the place; the key is None where the holder is a set, which differs as a whole.
+        before, now: the earlier and the present value; None also stands for no value.
     """
 
     path: str
@@ -48,8 +48,8 @@ class Attributes:
     """The attributes of modules and objects as they are now, with the lists, dicts and objects that those hold.
 
     Args:
-        roots: modules, whose submodules are looked at too, and other objects, such as a loss with attributes. Functions
-            hold nothing.
+        roots: modules, with their submodules, and other objects, such as a loss with attributes. Functions have no
+            attributes here.
     """
 
     def __init__(self, *roots: object) -> None:
@@ -62,13 +62,13 @@ class Attributes:
             self._keep("", root, _DEPTH)
 
     def keep_changed(self) -> None:
-        """Lets go of everything if nothing has changed."""
+        """Forgets everything if nothing has changed."""
         if not self.changes():
             self._kept = []
 
     @contextlib.contextmanager
     def scratch(self) -> Iterator[None]:
-        """The earlier ones for a while; what happens to them inside is thrown away."""
+        """Puts the earlier attributes in place for the ``with`` block, and throws changes of them away."""
         now = Attributes(*self._roots)
         self.restore()
         try:
@@ -77,7 +77,7 @@ class Attributes:
             now.restore()
 
     def changes(self) -> list[Change]:
-        """Where tensors and objects are other ones, or numbers, strings and the like have other values."""
+        """The places where tensors and objects are other ones, or numbers, strings and the like have other values."""
         found: list[Change] = []
         for path, holder, before, members in self._kept:
             if _is_same(holder, before):

@@ -38,7 +38,7 @@ class _Call(NamedTuple):
 
 
 class _Here(threading.local):
-    """What this thread runs: calls, innermost last, and modules whose parameters change between calls."""
+    """The calls that this thread runs, innermost last, and the modules whose parameters change between calls."""
 
     def __init__(self) -> None:
         self.calls: list[_Call] = []
@@ -51,7 +51,7 @@ _here = _Here()
 
 @contextlib.contextmanager
 def recomputed_with(module: nn.Module, params: dict[str, Tensor] | None, names: Names) -> Iterator[None]:
-    """What is checkpointed inside is recomputed with these parameters of ``module``, inside its acceleration.
+    """Parts that the ``with`` block checkpoints are recomputed with these parameters of ``module``, accelerated.
 
     Args:
         module: the module that runs inside.
@@ -70,7 +70,7 @@ def recomputed_with(module: nn.Module, params: dict[str, Tensor] | None, names: 
 
 
 def follow(module: nn.Module) -> None:
-    """What this thread checkpoints from now on is recomputed with the parameters that ``module`` has at that moment.
+    """Parts that this thread checkpoints from now on are recomputed with the parameters that ``module`` has at that moment.
 
     For modules whose parameters change from step to step, and which are called in ways that cannot be foreseen: as a
     whole, by their parts, by other methods, or by a function that is checkpointed as a whole.
@@ -80,7 +80,7 @@ def follow(module: nn.Module) -> None:
 
 
 class _Moment:
-    """What a checkpointed function computes with besides its arguments."""
+    """The backend and the modules' parameters that a checkpointed function computes with, besides its arguments."""
 
     def __init__(self) -> None:
         self._backend = requested_backend()

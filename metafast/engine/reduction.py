@@ -41,7 +41,7 @@ def check_weights(weights: Tensor | None, tasks: int, device: torch.device) -> T
 
 
 class Ranks:
-    """What the ranks of a ``global_mean`` tell each other once a call: their weights, or that they failed."""
+    """Messages between the ranks of a ``global_mean``, one per call: their weights, or that they failed."""
 
     def __init__(self, reduction: str, device: torch.device) -> None:
         self._reduction = reduction
@@ -60,7 +60,7 @@ class Ranks:
             raise
 
     def divisor(self, weights: Tensor) -> float:
-        """What the weighted sum of this rank's losses is divided by.
+        """The divisor of the weighted sum of this rank's losses.
 
         ``DistributedDataParallel`` takes the mean of the ranks' gradients; with the ranks' share of all tasks in the
         divisor, that is the mean over tasks, however many each rank has.

@@ -1,4 +1,4 @@
-"""What a computation depends on besides its inputs, so that computing it again gives the same and changes nothing more."""
+"""State that a computation depends on besides its inputs: put back, so that computing again gives the same numbers."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from metafast.program import is_recording
 
 
 class ReplayState:
-    """The random state, the backend, autocast, and the model's buffers, attributes and parameters that a forward writes to,
-    as they are now, before a computation.
+    """What a computation depends on besides its inputs, as it is before it.
+
+    The random state, the backend, autocast, and the model's buffers, attributes and parameters that a forward writes to.
 
     Args:
         device: where the computation runs.
@@ -42,8 +43,10 @@ class ReplayState:
 
     @contextlib.contextmanager
     def replayed(self) -> Iterator[None]:
-        """Puts all of it back for a while. Changes of buffers and attributes inside are thrown away: the first computation
-        made them already."""
+        """Puts the whole state back for the ``with`` block.
+
+        Changes of buffers and attributes inside are thrown away, since the first computation made them already.
+        """
         with (
             torch.random.fork_rng(self._devices),
             use_backend(self._backend),

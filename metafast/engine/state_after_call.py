@@ -1,8 +1,8 @@
-"""Whether tasks side by side leave a model as the loop over tasks would, and putting it back where they do not.
+"""Compares the state of a model after tasks side by side with its state after the loop over tasks, and puts it back.
 
-A loop calls the model once per task. Under vmap it is called once for all: a counter counts one call, and a tensor that
-it keeps is one of all tasks, and dead when vmap is over. What is the same for all tasks, and the same again at the next call
-(a mask, a rotary table), is kept; everything else is for the loop.
+A loop calls the model once per task. Under vmap one call serves all tasks: a counter counts one call, and a tensor that the
+model keeps is one of all tasks, and dead when vmap is over. Values that are equal for all tasks and at the next call (a
+mask, a rotary table) may stay. For everything else tasks run in the loop.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class StateBefore:
         self._tables = [(p, p.detach().clone()) for p in written_parameters(module).values()]
 
     def restore(self) -> None:
-        """Puts all of it back."""
+        """Puts attributes, buffers and random state back."""
         self._attributes.restore()
         self._buffers.restore()
         self._random.restore()
@@ -66,8 +66,9 @@ class StateBefore:
                 self._restore_tables()
 
     def difference(self, again: Callable[[], Any], settled: set[str], strays: BatchedStrays | None) -> str | None:
-        """What of the state after a call under vmap differs from what a loop over tasks leaves; None if nothing does.
-        Tensors of a vmap that is over are made ordinary ones: the last task's, as in a loop.
+        """How the state after a call under vmap differs from the state after a loop over tasks; None if it does not.
+
+        Tensors of a finished vmap become ordinary ones: the last task's, as in a loop.
 
         Args:
             again: makes the call once more.
@@ -112,7 +113,7 @@ class StateBefore:
         return {change.path for change in self.changes() if not _made_ordinary(change)}
 
     def influence(self, result: Any, again: Callable[[], Any]) -> list[str]:
-        """What a call has changed and the next one depends on, so that the order of calls matters: paths, none if nothing.
+        """Paths that a call changes and that the next call depends on, so that the order of calls matters.
 
         Args:
             result: of the call.
@@ -130,7 +131,7 @@ class StateBefore:
         return [] if same else [change.path for change in changes]
 
     def changes(self) -> list[Change]:
-        """What differs from before the call."""
+        """The differences from the state before the call."""
         return [
             Change(path.removeprefix("model."), *rest)
             for path, *rest in (*self._attributes.changes(), *self._buffers.changes())

@@ -25,13 +25,13 @@ logger = logging.getLogger("metafast")
 
 
 class Outcome(NamedTuple):
-    """What a call saw, without a graph.
+    """Losses, metrics and left-out tasks of a call, without a graph.
 
     Attributes:
-        support_losses: ``[K, T]``, before each inner step.
-        query_losses: ``[T]``, after the last inner step; None where there was no query set.
-        metrics: of the query set, ``[T, ...]`` each.
-        skipped: tasks that were left out since one of their losses was not finite.
+        support_losses: ``[K, T]``, the support loss of each task before each inner step.
+        query_losses: ``[T]``, the query loss of each task after the last inner step; None where there was no query set.
+        metrics: the metrics that ``loss_fn`` gave for the query set, by name, ``[T, ...]`` each.
+        skipped: numbers of the tasks that were left out since one of their losses was not finite.
     """
 
     support_losses: Tensor
@@ -41,11 +41,13 @@ class Outcome(NamedTuple):
 
 
 class TaskResults(NamedTuple):
-    """What an algorithm computes for the tasks of a call.
+    """The results of an algorithm for the tasks of a call.
 
     Attributes:
         losses: ``[T]``; the meta-gradient is the gradient of their weighted mean or sum.
-        support_losses, query_losses, metrics: as of :class:`Outcome`; a graph of theirs is not used.
+        support_losses: as in :class:`Outcome`; their graph is not used.
+        query_losses: likewise.
+        metrics: likewise.
     """
 
     losses: Tensor
@@ -54,7 +56,7 @@ class TaskResults(NamedTuple):
     metrics: dict[str, Tensor]
 
     def without_graph(self) -> TaskResults:
-        """The same numbers."""
+        """The same numbers, detached."""
         return TaskResults(
             self.losses.detach(),
             self.support_losses.detach(),
@@ -64,7 +66,7 @@ class TaskResults(NamedTuple):
 
 
 class Learner(Protocol):
-    """What a step needs of a meta-learner; :class:`metafast.MetaLearner` documents all of it."""
+    """The attributes and methods of a meta-learner that a step uses; :class:`metafast.MetaLearner` documents them."""
 
     model: nn.Module
     steps: int
@@ -93,7 +95,7 @@ class Step:
 
     Args:
         learner: the meta-learner.
-        capture: its recorded programs.
+        capture: the learner's recorded programs.
     """
 
     def __init__(self, learner: Learner, capture: Capture) -> None:
@@ -112,7 +114,7 @@ class Step:
             return total / ranks.divisor(weights)
 
     def in_order(self, call: Callable[[], Any]) -> Any:
-        """``call()``, and again with one task after another where the order of the model's calls matters."""
+        """``call()``; where the order of the model's calls matters, it is repeated with one task after another."""
         before = StateBefore(self._learner.model, self._learner.device)
         try:
             return call()
@@ -123,7 +125,7 @@ class Step:
         return call()
 
     def _over_finite_tasks(self, support: Any, query: Any, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """The weighted sum of losses, and the weights that went into it: of tasks whose losses are finite."""
+        """The weighted sum of the losses of all tasks whose losses are finite, and the weights of these tasks."""
         learner = self._learner
         buffers = Buffers(learner.model) if learner.on_nonfinite == "skip" else None
         total, results = self._over_chunks(support, query, weights)
@@ -147,7 +149,7 @@ class Step:
         return with_precomputed_gradients(zero, [torch.zeros_like(p) for p in params], params), weights[finite]
 
     def _over_chunks(self, support: Any, query: Any, weights: Tensor) -> tuple[Tensor, TaskResults]:
-        """The weighted sum of losses, and what the tasks gave: all tasks at once, or in chunks with their gradients."""
+        """The weighted sum of losses, and the results: of all tasks at once, or of chunks that compute their gradients."""
         tasks = len(weights)
         size = self._learner.tasks_per_chunk or tasks
         if size >= tasks and not self._learner.capture:
@@ -205,8 +207,11 @@ class Step:
         """``function(support, *arguments)``: replayed where the learner captures, else computed.
 
         Args:
-            name: of the program.
-            update_buffers: as of :meth:`metafast.engine.capture.Capture.replay`.
+            name: name of the program.
+            function: function of the support set and the arguments.
+            support: support set.
+            arguments: further pytrees of tensors.
+            update_buffers: as for :meth:`metafast.engine.capture.Capture.replay`.
         """
         if not self._learner.capture:
             return function(support, *arguments)
@@ -227,7 +232,7 @@ class Step:
         self._ran_before_recording = True
 
     def _weighted(self, support: Any, query: Any, weights: Tensor) -> tuple[Tensor, TaskResults]:
-        """The weighted sum of losses with its graph, and what the tasks gave."""
+        """The weighted sum of losses with its graph, and the results of the tasks."""
         with self._learner.computing_once(support, query):
             results = self._learner.task_results(support, query, len(weights))
         total = (results.losses * weights.to(results.losses.dtype)).sum()

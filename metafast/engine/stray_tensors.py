@@ -1,5 +1,7 @@
-"""Tensors that outlive the call that made them although they are of use inside of it alone: in caches outside of the model,
-or wherever a hook put them."""
+"""Tensors that outlive the call that made them although they are of use only inside of the call.
+
+They are in caches outside of the model, or wherever a hook put them.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,7 @@ class BatchedStrays:
             gc.enable()
 
     def left(self) -> list[Tensor]:
-        """Those that something still holds."""
+        """The tensors that something still holds."""
         if any(found() is not None for found in self._found):
             # Garbage that waits for its collection is no stray.
             gc.collect()
@@ -64,7 +66,7 @@ def fake_strays(mode: Any) -> list[Tensor]:
 
 
 def unwrapped(tensor: Tensor) -> Tensor:
-    """What functorch's transforms have wrapped."""
+    """The tensors that functorch's transforms have wrapped."""
     while _functorch.is_functorch_wrapped_tensor(tensor):
         tensor = _functorch.get_unwrapped(tensor)
     return tensor

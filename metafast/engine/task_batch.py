@@ -13,10 +13,10 @@ Params = dict[str, Tensor]
 
 
 class PerStep:
-    """A support set of its own for every inner step: ``meta(metafast.PerStep([batch_0, …, batch_K−1]), query)``.
+    """A support set per inner step: ``meta(metafast.PerStep([batch_0, …, batch_K−1]), query)``.
 
     Args:
-        batches: at least as many as there are inner steps, each as a support set is otherwise.
+        batches: support sets, at least as many as there are inner steps.
 
     Raises:
         ValueError: ``batches`` is empty.
@@ -94,12 +94,12 @@ def count_tasks(batch: Any, name: str) -> int:
 
 
 def select_tasks(batch: Any, index: Tensor | slice) -> Any:
-    """Some of the tasks of a batch; None of None, which stands for no batch."""
+    """Some of the tasks of a batch. None stands for no batch and stays None."""
     return None if batch is None else pytree.tree_map(lambda leaf: leaf[index], batch)
 
 
 def check_count(name: str, count: int, minimum: int = 0) -> int:
-    """``count``, or TypeError or ValueError where it is no int of at least ``minimum``."""
+    """Returns ``count``. Raises TypeError or ValueError where it is no int of at least ``minimum``."""
     if isinstance(count, bool) or not isinstance(count, int):
         raise TypeError(f"{name}: expected an int, got {type(count).__name__}")
     if count < minimum:
@@ -108,7 +108,7 @@ def check_count(name: str, count: int, minimum: int = 0) -> int:
 
 
 def micro_batches(batch: Any, count: int) -> list[tuple[float, Any]]:
-    """The examples of every task (second dimension) in at most ``count`` parts, each with its share of them.
+    """The examples of every task (second dimension), cut into at most ``count`` parts, and the share of each part.
 
     Raises:
         ValueError: a tensor has no second dimension, or these differ.

@@ -1,4 +1,4 @@
-"""Functions of all tasks at once, each at parameters of its own."""
+"""Outputs and losses of all tasks at once, each task at its own parameters."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ TASK_BATCHING = ("auto", "vmap", "loop")
 
 
 class OrderMattersError(RuntimeError):
-    """Calls of the model change it and depend on that, so that tasks have to come one after another, with all their steps.
+    """Calls of the model change it and depend on the change: tasks have to come one after another, with all their steps.
 
     Args:
-        paths: what they change.
+        paths: attributes that the calls change.
     """
 
     def __init__(self, paths: list[str]) -> None:
@@ -46,16 +46,16 @@ class OrderMattersError(RuntimeError):
 
 
 class TaskModel:
-    """A module's outputs for every task at once, with parameters of each task's own, inside :func:`metafast.accelerate`.
+    """A module's outputs for all tasks at once, each at its own parameters, inside :func:`metafast.accelerate`.
 
-    Only the forward runs under ``vmap``. Derivatives are ordinary autograd on what it recorded, operations on whole task
-    batches: tasks share nothing, so the gradient of summed outputs holds each task's own.
+    Only the forward runs under ``vmap``. Derivatives are ordinary autograd on the operations that it ran on whole batches of
+    tasks. Tasks share nothing, so the gradient of the summed outputs holds the gradient of each task.
 
     Args:
-        module: any module; a call of it gives a pytree of tensors. What else is in the pytree is the same for all tasks.
+        module: any module; a call of it gives a pytree of tensors. Other leaves of the pytree are the same for all tasks.
         task_batching: ``"vmap"``, ``"loop"``, or ``"auto"``: vmap unless that gives something else than the loop does.
-        prefix: of the names by which parameters are given.
-        in_steps: calls of a task follow each other, with those of others between them.
+        prefix: put before the given names of parameters.
+        in_steps: whether a task has several calls, with calls of other tasks between them.
     """
 
     def __init__(
@@ -91,7 +91,8 @@ class TaskModel:
         Args:
             own: parameters (or buffers) ``[T, *shape]`` of each task.
             shared: parameters ``[*shape]`` that stand in for the module's, the same for all tasks.
-            inputs, named: positional and keyword arguments, task dimension first.
+            inputs: positional arguments, task dimension first.
+            named: keyword arguments, task dimension first.
             options: keyword arguments that are the same for all tasks.
         """
 
@@ -148,7 +149,7 @@ class TaskModel:
         return result
 
     def _one_by_one(self, call: _Call) -> Any:
-        """The loop over tasks; its first call sees whether it matters in which order the model is called.
+        """The loop over tasks. Its first call finds out whether the order of calls matters.
 
         Raises:
             OrderMattersError: it does.
@@ -210,7 +211,7 @@ class TaskModel:
         return {name.removeprefix(self._prefix): p for name, p in written_parameters(self.module).items()}
 
     def _write_reason(self, own: Params) -> str | None:
-        """Before the first step all tasks share one table: what else reads it depends on the tasks before."""
+        """Why tasks cannot run side by side where ``max_norm`` writes to a table that all tasks share; None if none does."""
         written = [name for name in self._written_weights() if name in own and own[name].stride(0) == 0]
         return f"its max_norm lets each call write to the parameter {written[0]}" if written else None
 
@@ -299,7 +300,7 @@ class _Loss(nn.Module):
 
 
 class TaskLosses:
-    """The loss of every task at parameters of its own.
+    """The loss of every task at its own parameters.
 
     Args:
         model: any module.
@@ -313,10 +314,10 @@ class TaskLosses:
 
     @property
     def settled(self) -> frozenset[str]:
-        """As of :class:`TaskModel`."""
+        """As for :class:`TaskModel`."""
         return self._model.settled
 
     def compute(self, own: Params, shared: Params, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """Losses ``[T]`` and metrics ``[T, ...]`` at parameters ``[T, *shape]``, and ``[*shape]`` for all, by name."""
+        """Losses ``[T]`` and metrics ``[T, ...]`` at parameters ``[T, *shape]`` (own) and ``[*shape]`` (shared), by name."""
         losses, metrics = self._model.compute(own, shared, (batch,))
         return losses, metrics

@@ -1,4 +1,4 @@
-"""What a model gives for one task, and the same for all."""
+"""Outputs of a model for one task, and the outputs of all tasks put together."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Form(NamedTuple):
     """A pytree without its tensors.
 
     Attributes:
-        structure: of all leaves.
-        others: the leaves, None where a tensor belongs.
-        tensors: which leaves are tensors.
+        structure: structure of all leaves.
+        others: the leaves, None in the place of a tensor.
+        tensors: for each leaf, whether it is a tensor.
     """
 
     structure: pytree.TreeSpec
@@ -27,7 +27,7 @@ class Form(NamedTuple):
 
 
 def taken_apart(result: Any) -> tuple[list[Tensor], Form]:
-    """The tensors of a pytree, and the rest of it.
+    """The tensors of a pytree, and the pytree without them.
 
     Raises:
         TypeError: another leaf holds tensors, as a cache of keys and values does.
@@ -54,10 +54,10 @@ def put_together(tensors: Sequence[Tensor], form: Form) -> Any:
 
 
 def stacked(results: Sequence[Any]) -> Any:
-    """The results of all tasks as one pytree, task dimension first; what is no tensor is the first task's.
+    """The results of all tasks as one pytree, task dimension first. Other leaves are those of the first task.
 
     Raises:
-        TypeError, ValueError: they differ in structure, in shapes, or in what is no tensor.
+        TypeError, ValueError: the results differ in structure, in shapes, or in leaves that are no tensors.
     """
     parts, forms = zip(*map(taken_apart, results), strict=True)
     for task, (tensors, form) in enumerate(zip(parts, forms, strict=True)):

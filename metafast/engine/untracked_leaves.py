@@ -31,8 +31,11 @@ def find_untracked(outputs: Iterable[Tensor], known: Iterable[Tensor]) -> Refere
 
 
 def refuse_untracked(found: References, option: str) -> None:
-    """Raises RuntimeError where an untracked leaf outlives the graph: ``option`` computes the gradients of the known tensors
-    alone, so that the leaf's gradient would be wrong. A leaf that the loss made for itself no longer exists by then."""
+    """Raises RuntimeError where an untracked leaf outlives the graph.
+
+    ``option`` computes the gradients of the known tensors alone, so that the leaf's gradient would be wrong. A leaf that the
+    loss made for itself no longer exists by then.
+    """
     for reference in found:
         leaf = reference()
         if leaf is not None:

@@ -1,4 +1,4 @@
-"""Whose fault an error under vmap is."""
+"""Errors under vmap: those of vmap itself, and those of the user's own code."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ _MEMORY = ("can't allocate memory", "out of memory")
 
 
 def is_users_own(error: BaseException) -> bool:
-    """Whether an error has nothing to do with vmap: memory ran out, or a ``raise`` of the user's code made it, and not in
-    answer to another error. Running the tasks one after another would hide it, where it does not occur again."""
+    """Whether an error has nothing to do with vmap.
+
+    That is so where memory ran out, and where a ``raise`` in the user's code made it without another error as its cause. The
+    loop over tasks would hide such an error where it does not occur again.
+    """
     if isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _MEMORY):
         return True
     if error.__cause__ is not None or error.__context__ is not None:

@@ -49,11 +49,11 @@ def attention(
     position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """What a model's attention module calls; ``query [B, Hq, Nq, D]``, ``key`` and ``value [B, Hk, Nk, D]``.
+    """The function that a model's attention module calls; ``query [B, Hq, Nq, D]``, ``key`` and ``value [B, Hk, Nk, D]``.
 
     Returns:
-        ``[B, Nq, Hq, D]`` and, in the place of attention weights, None: they are never computed. A model that asks for them
-        is told so once, in transformers' log.
+        ``[B, Nq, Hq, D]``, and None instead of attention weights, which are never computed. Where a model asks for them, the
+        log of transformers says so once.
 
     Raises:
         ValueError: the model asks for what this attention does not do (``softcap``, sink tokens).
@@ -83,7 +83,7 @@ def attention(
 
 
 def mask(**arguments: Any) -> Tensor | None:
-    """transformers' boolean mask (True: may attend), left out only where shapes alone say that it can be."""
+    """The boolean mask of transformers (True: may attend), left out only where shapes alone allow it."""
     from transformers.masking_utils import sdpa_mask
 
     if arguments.get("attention_mask") is not None:

@@ -48,7 +48,7 @@ class EncoderClassifier(nn.Module):
     Args:
         classes: number of logits.
         vocabulary: number of token ids; id 0 is padding, ignored by attention and by the average.
-        width, layers, heads: size of a position's vector, number of layers, attention heads a layer.
+        width, layers, heads: size of a position's vector, number of layers, attention heads per layer.
         max_length: longest sequence.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Which values of a graph share memory, and which memory is written to more than once."""
+"""Values of a graph that share memory, and memory that is written to more than once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 @dataclass(frozen=True)
 class Root:
-    """The memory that an operation's ``index``-th result was given, or that of an input or attribute."""
+    """The memory of an operation's ``index``-th result, or of an input or attribute."""
 
     node: fx.Node
     index: int
@@ -40,7 +40,7 @@ class Aliases:
                 self._roots[node] = self._of_call(node)
 
     def of(self, node: fx.Node) -> tuple[Root, ...]:
-        """One for each tensor that the node gives."""
+        """The root of each tensor that the node gives."""
         return tuple(leaf for leaf in pytree.tree_leaves(self._roots[node]) if leaf is not None)
 
     def read(self, node: fx.Node) -> Iterator[tuple[fx.Node, Root]]:

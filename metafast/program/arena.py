@@ -1,4 +1,4 @@
-"""Where each intermediate value lies: one block of memory, places used again as soon as a value is dead."""
+"""Places of intermediate values in one block of memory. A place is used again as soon as its value is dead."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ ALIGNMENT = 64
 
 @dataclass
 class Arena:
-    """Places in a block whose size is found while they are taken and given back, in the order of execution.
+    """Places in one block of memory. They are taken and given back in the order of execution, which gives the block's size.
 
-    The smallest free place that fits is taken, so what was given back last is often taken next, while it is in the cache.
+    The smallest free place that fits is taken. So the place that was given back last is often taken next, while it is in the
+    cache.
     """
 
     size: int = 0
@@ -68,8 +69,8 @@ def rounded(size: int) -> int:
 def block(size: int, device: torch.device) -> torch.UntypedStorage:
     """Memory for an arena of ``size`` bytes.
 
-    On the CPU of huge pages, where Linux gives them to those who ask: a replay goes through all of the block, more than the
-    processor finds the addresses of small pages for at a time.
+    On the CPU it consists of huge pages, where Linux gives them on request. A replay goes through the whole block, which has
+    more small pages than the processor keeps addresses for.
     """
     if device.type != "cpu" or not size or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(size, dtype=torch.uint8, device=device).untyped_storage()

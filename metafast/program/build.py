@@ -23,15 +23,15 @@ class Built:
     """Memory and calls for a graph.
 
     Args:
-        module: the graph, with what it reads besides its inputs.
-        plan: of the graph.
-        device: where it computes.
+        module: the graph, with the tensors that it reads besides its inputs.
+        plan: plan of the graph.
+        device: device of the computation.
 
     Attributes:
         inputs, outputs: tensors that calls read and write; an output may be something else than a tensor.
-        calls: to be made in this order.
-        writes: of each input, whether a call changes it.
-        constant: of each output, whether no call makes it.
+        calls: the calls, in the order in which they are made.
+        writes: for each input, whether a call changes it.
+        constant: for each output, whether no call makes it.
     """
 
     def __init__(self, module: fx.GraphModule, plan: Plan, device: torch.device) -> None:
@@ -62,7 +62,7 @@ class Built:
                 ]
 
     def _call(self, node: fx.Node) -> Any:
-        """What a node's value is, after its call was noted down, or made, if it is made but once."""
+        """Notes a node's call down, or makes it where it is made only once, and returns the node's value."""
         target: Any = node.target
         args, kwargs = self._now(self._moved(node)), self._now(node.kwargs)
         if reshapes_in_place(node):
@@ -89,7 +89,7 @@ class Built:
         return value
 
     def _moved(self, node: fx.Node) -> tuple[Any, ...]:
-        """The node's arguments, with an offset that counts from where memory began as counted from where it begins here."""
+        """The node's arguments; an offset from the beginning of recorded memory becomes one from its place in the block."""
         position = _OFFSETS.get(node.target)
         if position is None or len(node.args) <= position or node.args[position] is None:
             return node.args
@@ -100,7 +100,7 @@ class Built:
         return tuple(args)
 
     def _stacked(self, stack: fx.Node) -> Tensor:
-        """The tensor of a stack that its parts are made in."""
+        """The tensor of a stack, in which its parts are made."""
         if stack not in self._values:
             (root,) = self._plan.aliases.of(stack)
             self._values[stack] = self._place(root, results(stack)[0])

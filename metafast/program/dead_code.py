@@ -1,4 +1,4 @@
-"""A recorded graph without what it does for nothing."""
+"""Removes operations without effect from a recorded graph."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _aten = torch.ops.aten
 
 
 def simplify(graph: fx.Graph) -> None:
-    """Removes operations whose results nothing reads, and copies of what could have been written in the right order."""
+    """Removes operations whose results nothing reads, and copies that only change the order of a stack in memory."""
     graph.eliminate_dead_code()
     for node in graph.nodes:
         if node.target is _aten.clone.default:
@@ -20,8 +20,10 @@ def simplify(graph: fx.Graph) -> None:
 
 
 def _stack_in_order(graph: fx.Graph, clone: fx.Node) -> None:
-    """A contiguous copy of a permuted stack (the gradient of a query, key and value that one matrix made, for example) is a
-    stack of permuted tensors."""
+    """Replaces a contiguous copy of a permuted stack by a stack of permuted tensors.
+
+    The gradient of a query, key and value that one matrix made is such a copy, for example.
+    """
     permute: Any = clone.args[0]
     if not _is_only_step(permute, _aten.permute.default):
         return

@@ -14,8 +14,11 @@ _aten = torch.ops.aten
 
 
 def writing(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> Callable[[], object]:
-    """A call without arguments that leaves ``op(*args, **kwargs)`` in ``outputs``, which are made up as its results are:
-    a tensor, a list of them, or a tuple of these; None for what is not computed."""
+    """A call without arguments that leaves ``op(*args, **kwargs)`` in ``outputs``.
+
+    ``outputs`` have the structure of its results: a tensor, a list of tensors, or a tuple of these; None for a result that
+    is not computed.
+    """
     if op in _COPIES:
         return functools.partial(outputs.copy_, args[0])
     variant = out_variant(op)

@@ -16,18 +16,18 @@ from metafast.program.stack_elision import Part, parts_of_stacks
 
 
 class Plan:
-    """What to do with each node of a graph.
+    """The plan of a program: for each node of a graph, whether and when it runs and where its result lies.
 
     Attributes:
-        nodes: of the graph, in order.
-        aliases: which memory each node reads and writes.
+        nodes: nodes of the graph, in order.
+        aliases: the memory that each node reads and writes.
         running: nodes that are called at each replay. The others are views of memory that is known beforehand, or constants.
         constant: memory whose contents depend on nothing, and are computed once.
-        parts: for memory that is part of a stack, where it lies in it.
+        parts: for memory that is part of a stack, its place in the stack.
         stacks: nodes that need no call, since their parts are made in their memory.
         overwritten: for calls that write their result over an argument, this argument.
-        places: offsets of what calls make, in one block of memory.
-        bytes: of that block.
+        places: offsets of the results of calls, in one block of memory.
+        bytes: size of that block.
     """
 
     def __init__(self, graph: fx.Graph) -> None:
@@ -43,7 +43,7 @@ class Plan:
         self.places, self.bytes = self._placed()
 
     def _runs(self, node: fx.Node) -> bool:
-        """Asked in the order of the graph, since a constant is made of constants."""
+        """Whether a node is called at each replay. To be asked in the order of the graph: constants depend on constants."""
         if node.op != "call_function" or node.target is operator.getitem:
             return False
         if written_arguments(node):
@@ -72,7 +72,7 @@ class Plan:
         return last
 
     def _placed(self) -> tuple[dict[Root, int], int]:
-        """The offset of everything that calls make, and the size of it all."""
+        """The offset of each result of a call, and the size of the block."""
         arena = Arena()
         places: dict[Root, int] = {}
         ending: dict[int, list[Root]] = {}
@@ -104,7 +104,7 @@ class Plan:
     def _overwritable(self, node: fx.Node, position: int, places: dict[Root, int]) -> fx.Node | None:
         """An argument that a call may write its result over, in memory that nobody reads afterwards.
 
-        An elementwise call may with any of its arguments, a product that is added to something with that.
+        An elementwise call may write over any argument, ``addmm`` and the like over the tensor that is added.
         """
         pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
         if len(results(node)) != 1 or not (pointwise or node.target in _ADDED_TO_FIRST):

@@ -44,14 +44,14 @@ class NotRecordableError(RuntimeError):
 
 
 class Recorded:
-    """A graph of operations on tensors, and the structure of what they give.
+    """A graph of operations on tensors, and the structure of their results.
 
     Attributes:
-        module: one placeholder an input, one flat list of outputs. Tensors that the function reached in other ways (buffers,
-            say) are attributes of it, by reference.
-        outputs: how the outputs make up the function's result.
-        reached: those tensors.
-        mode: of the tensors without data.
+        module: one placeholder per input, one flat list of outputs. Tensors that the function reached in other ways, such as
+            buffers, are attributes of it, by reference.
+        outputs: the structure of the function's result.
+        reached: the tensors that were reached in other ways.
+        mode: the mode of the tensors without data.
     """
 
     def __init__(self, module: fx.GraphModule, outputs: pytree.TreeSpec, mode: FakeTensorMode) -> None:
@@ -63,16 +63,16 @@ class Recorded:
 
 
 def record(function: Callable[..., Any], inputs: list[Tensor]) -> Recorded:
-    """Runs ``function(*inputs)`` on tensors without data, and returns what it did.
+    """Runs ``function(*inputs)`` on tensors without data, and returns its operations.
 
     Args:
-        function: gives a pytree of tensors. What it computes in Python is computed once, now.
+        function: gives a pytree of tensors. Its Python runs once, now.
         inputs: dense tensors; only their shapes, strides, dtypes and devices matter.
 
     Raises:
         NotRecordableError: Python looks at the values of tensors, a shape depends on them, a tensor changes its shape or
-            memory in place, one that is no input is changed, or random numbers come from elsewhere than torch's own
-            state as it is at the time.
+            memory in place, a tensor that is no input is changed, or random numbers come from elsewhere than torch's
+            random state.
     """
     structure: list[pytree.TreeSpec] = []
 
@@ -142,7 +142,7 @@ class _RefusingCopies(TorchFunctionMode):
 
 
 def draws_random_numbers(node: fx.Node) -> bool:
-    """Whether an operation's result is another one each time."""
+    """Whether an operation draws random numbers, so that its result is another one each time."""
     return isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
 
 
@@ -174,7 +174,7 @@ def _resizes(op: OpOverload, node: fx.Node) -> bool:
 
 @contextmanager
 def _watching_random_state() -> Iterator[list[str]]:
-    """The names of functions that set the random state inside; it is what it was before again afterwards.
+    """Collects the names of functions that set the random state, and puts the random state back afterwards.
 
     Raises:
         NotRecordableError: Python's random numbers were drawn.

@@ -20,15 +20,15 @@ class Program:
     """``function(*inputs)`` for inputs of the same shapes, dtypes and devices, without Python, autograd or allocation.
 
     Args:
-        function: gives a pytree of tensors; what :func:`metafast.program.record` asks of it holds.
-        inputs: such as it will be called with.
+        function: gives a pytree of tensors, and fulfils the conditions of :func:`metafast.program.record`.
+        inputs: inputs like those of later calls.
 
     Attributes:
-        bytes: of the intermediate values.
+        bytes: size of the intermediate values.
         reached: tensors that the function reads, or writes, besides its inputs.
-        writes: of each input, whether the function changes it in place. Inputs themselves stay as they are.
-        constant: of each tensor in the result, whether it depends on nothing, and is the same at every call.
-        mode: of the tensors without data that were recorded.
+        writes: for each input, whether the function changes it in place. Inputs themselves stay as they are.
+        constant: for each tensor in the result, whether it depends on nothing, and is the same at every call.
+        mode: the mode of the tensors without data that were recorded.
 
     Raises:
         NotRecordableError: see :func:`metafast.program.record`.
@@ -76,7 +76,7 @@ class Program:
 
 
 def _as_cuda_graph(calls: list[Call], device: torch.device) -> Call:
-    """One call that replays all of them."""
+    """One call that replays all calls as a CUDA graph."""
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     # Once before, on a stream of its own: kernels are compiled and libraries set up, which a capture may not do.

@@ -1,4 +1,4 @@
-"""Stacks that need no copy, since what they consist of is made in their memory."""
+"""Stacks that need no copy, since their parts are made in their memory."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Part:
-    """Where in a stack a value lies that is read nowhere else.
+    """The place in a stack of a value that is read nowhere else.
 
     Attributes:
         stack: the call of ``torch.stack``.
-        index: of the value in it.
-        order: of the value's dimensions there.
+        index: position of the value in it.
+        order: order of the value's dimensions there.
     """
 
     stack: fx.Node
@@ -36,7 +36,7 @@ class Part:
 
 
 def parts_of_stacks(nodes: Sequence[fx.Node], running: set[fx.Node], aliases: Aliases) -> dict[Root, Part]:
-    """For each stack all of whose parts can be made in it, the memory of these.
+    """For each stack, the memory of its parts, where all of them can be made in the stack.
 
     A part is a whole result of a call, its dimensions in any order, that nothing but the stack reads. A call that gives a
     list is an update, which writes contiguous tensors alone.
@@ -71,7 +71,7 @@ def parts_of_stacks(nodes: Sequence[fx.Node], running: set[fx.Node], aliases: Al
 
 
 def _unpermuted(value: Any) -> tuple[fx.Node, tuple[int, ...]]:
-    """What ``value`` is a permutation of, and which of its dimensions each of ``value``'s is."""
+    """The value that ``value`` is a permutation of, and its dimension for each dimension of ``value``."""
     rank = value.meta["val"].ndim
     order = tuple(range(rank))
     while value.target in (_aten.permute.default, _aten.transpose.int):

@@ -1,0 +1,1 @@
+"""Episodes of few-shot tasks from data."""

@@ -1,10 +1,10 @@
-"""Names in about 130 languages, from the CLDR data that Babel carries: a class is a language, nothing is downloaded.
+"""Names in about 130 languages, from the CLDR data in Babel. A class is a language. Nothing is downloaded.
 
 A language takes part if Babel knows at least :data:`NAMES_OF_A_KIND` territories, languages, scripts, currencies and
 cities (the exemplar cities of time zones) in it. Left out are
 
-- a name that reads the same in another of the languages, whatever its capitals: "Honolulu" and "bopomofo" do not say
-  which language they are in, and most of them were never translated;
+- a name that is spelt alike in another of the languages, apart from capitals: "Honolulu" and "bopomofo" do not tell the
+  language, and most such names were never translated;
 - a name of fewer than :data:`SHORTEST` bytes ("ga", "UK");
 - the languages in :data:`TWINS`, which inherit all their names from another.
 
@@ -46,8 +46,8 @@ def names() -> Mapping[str, tuple[str, ...]]:
     """The names of every language that takes part.
 
     Returns:
-        from the language's code (``"ka"``) to its names, each once, sorted; codes sorted too. The same Babel gives the
-        same mapping. It is computed at the first call (about two seconds) and read-only.
+        The names of each language by its code (``"ka"``), each name once, both sorted. The same Babel gives the same
+        mapping. It is computed at the first call (about two seconds) and read-only.
     """
     from babel import localedata
 
@@ -65,11 +65,12 @@ def names() -> Mapping[str, tuple[str, ...]]:
 
 @functools.cache
 def split() -> Split:
-    """Which languages train, which choose hyperparameters, which test.
+    """The languages for training, for choosing hyperparameters and for testing.
 
-    With the languages in the order of script and code: of those that are alone in their script, the first, third, … test
-    and the others validate. Of those that share one, the third, thirteenth, … test, the eighth, eighteenth, … validate and
-    the rest train. :data:`EXAMPLE` tests. Systematic sampling over the sorted list gives every script its share.
+    Languages are sorted by script and code. Of the languages that are alone in their script, the first, third, … are for
+    testing, the others for validation. Of the languages that share a script, the third, thirteenth, … are for testing, the
+    eighth, eighteenth, … for validation and the rest for training. :data:`EXAMPLE` is for testing. Systematic sampling over
+    the sorted list gives every script its share.
     """
     scripts = {code: script(of_language) for code, of_language in names().items()}
     languages_in = Counter(scripts.values())
@@ -90,7 +91,7 @@ def select(codes: Sequence[str], argument: str = "codes") -> dict[str, tuple[str
 
     Args:
         codes: codes of languages of :func:`names`, no code twice.
-        argument: what messages call ``codes``.
+        argument: the name of ``codes`` in error messages.
 
     Raises:
         ValueError: a code is unknown or comes twice.
@@ -104,14 +105,14 @@ def select(codes: Sequence[str], argument: str = "codes") -> dict[str, tuple[str
 
 
 def english_name(code: str) -> str:
-    """What English calls the language: ``"ka"`` → ``"Georgian"``; the code itself where Babel has no name for it."""
+    """The English name of the language, such as ``"Georgian"`` for ``"ka"``; the code where Babel has no name for it."""
     from babel import Locale
 
     return Locale("en").languages.get(code, code)
 
 
 def script(texts: Iterable[str]) -> str:
-    """The script that most letters of ``texts`` belong to, by their Unicode names: ``"LATIN"``, ``"GEORGIAN"``, …
+    """The script of most letters of ``texts``, as their Unicode names have it, such as ``"LATIN"`` or ``"GEORGIAN"``.
 
     Raises:
         ValueError: there is no letter.

@@ -1,4 +1,4 @@
-"""Few-shot episodes from labelled text: whatever comes as ``{label: texts}``, such as a CSV file or the CLDR names."""
+"""Few-shot episodes from labelled text ``{label: texts}``, such as a CSV file or the CLDR names."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 __all__ = ["Batch", "LabelledText", "encode", "read_csv"]
 
 Batch = dict[str, Tensor]
-"""``{"text": int64 [..., n, max_length], "label": int64 [..., n]}``"""
+"""Texts as bytes and their labels: ``{"text": int64 [..., n, max_length], "label": int64 [..., n]}``."""
 
 
 def encode(texts: Sequence[str], max_length: int) -> Tensor:
@@ -39,7 +39,7 @@ def read_csv(path: str | Path) -> dict[str, list[str]]:
     """Reads a UTF-8 CSV file with a header line and the columns ``text`` and ``label`` (others are ignored).
 
     Returns:
-        from label to its texts, both in the order of the file, each text of a label once.
+        The texts by label, both in the order of the file, each text of a label once.
 
     Raises:
         ValueError: a column is missing, a row has no text or no label, or there is no row at all; with the line.
@@ -71,8 +71,8 @@ class LabelledText:
     """Texts by label, as bytes, to draw few-shot episodes from.
 
     Args:
-        texts: from label to its texts; at least one label, distinct texts within a label.
-        max_length: bytes kept of a text, see :func:`encode`.
+        texts: texts by label; at least one label, distinct texts within a label.
+        max_length: number of bytes of a text that are kept, see :func:`encode`.
 
     Raises:
         ValueError: there is no label, or :func:`encode` refuses a text.
@@ -87,11 +87,14 @@ class LabelledText:
     def sample(
         self, tasks: int, ways: int, shots: int, queries: int, generator: torch.Generator
     ) -> tuple[Batch, Batch]:
-        """Draws episodes: each picks ``ways`` labels in random order, and ``shots`` + ``queries`` texts of each.
+        """Draws episodes. Each has ``ways`` labels in random order, and ``shots`` + ``queries`` texts per label.
 
         Args:
-            tasks, ways, shots, queries: how many episodes, labels an episode, texts a label to learn from and to ask.
-            generator: the only source of chance.
+            tasks: number of episodes.
+            ways: labels per episode.
+            shots: texts per label in the support set.
+            queries: texts per label in the query set.
+            generator: the only source of random numbers.
 
         Returns:
             support ``{"text": int64 [tasks, ways * shots, max_length], "label": int64 [tasks, ways * shots]}`` and

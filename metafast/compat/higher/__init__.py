@@ -1,4 +1,4 @@
-"""higher's inner loops (Grefenstette et al., arXiv 1910.01727, release 0.2.1) over this library's ops.
+"""Inner loops of higher (Grefenstette et al., arXiv 1910.01727, release 0.2.1) over this library's ops.
 
 Attention inside the patched model is this library's, which can be differentiated twice, and a step of an optimizer is one
 call for all its parameters. Arguments and behaviour are higher's.
@@ -30,22 +30,24 @@ def innerloop_ctx(
     override: Override | None = None,
     track_higher_grads: bool = True,
 ) -> Iterator[tuple[Any, DifferentiableOptimizer]]:
-    """``higher.innerloop_ctx``: a functional copy of a model and a differentiable version of its optimizer::
+    """``higher.innerloop_ctx``: a functional copy of a model and a differentiable version of its optimizer.
+
+    For example::
 
         with higher.innerloop_ctx(model, opt, copy_initial_weights=False) as (fmodel, diffopt):
             diffopt.step(loss(fmodel(x), y))
             loss(fmodel(query_x), query_y).backward()  # the meta-gradient, in model's parameters
 
     All attention that this thread computes inside the block is this library's; see :func:`metafast.accelerate`.
-    :class:`metafast.MAML` runs many tasks side by side, in the memory of one step.
+    :class:`metafast.MAML` runs many tasks side by side, with ``checkpoint=True`` in the memory of one step.
 
     Args:
         model: any module; neither its parameters nor its buffers change.
         opt: ``torch.optim.SGD``, ``Adam``, ``AdamW`` or ``RMSprop`` of its parameters, with any number of groups. The inner
             loop starts from its state.
-        device: of the copy; None: as the model's.
-        copy_initial_weights: start from copies without a graph; False: from the model's parameters, which then get the
-            meta-gradient.
+        device: device of the copy; None: the model's.
+        copy_initial_weights: True: start from copies without a graph. False: start from the model's parameters, which then
+            get the meta-gradient.
         override: settings of the groups in the inner loop, by name: a list with one value for all groups or one for each.
             ``lr`` and ``weight_decay`` may be tensors, and get gradients.
         track_higher_grads: False keeps no graph of the steps: for evaluation.

@@ -34,14 +34,14 @@ class DifferentiableOptimizer:
         other: the optimizer; its groups and its state are copied.
         reference_params: the parameters of its model.
         fmodel: the functional copy that gets the results; None: ``step`` is given the parameters.
-        device: of the copied state; None: as it is.
+        device: device of the copied state; None: as it is.
         override: settings of the groups, as for ``innerloop_ctx``.
         grad_callback: changes the list of all gradients (None for a parameter without one) before each step.
         track_higher_grads: False keeps no graph of the steps.
 
     Attributes:
         param_groups: settings of the groups; changes take effect at the next step.
-        state: of each group, what is remembered of each of its parameters, by number.
+        state: a dict per group: the state of each of its parameters, by number.
     """
 
     def __init__(
@@ -81,13 +81,14 @@ class DifferentiableOptimizer:
         grad_callback: GradCallback | None = None,
         **kwargs: Any,
     ) -> list[Tensor]:
-        """The parameters after a step on ``loss``; ``fmodel`` has them from now on.
+        """Takes a step on ``loss`` and returns the parameters after it; ``fmodel`` has them from now on.
 
         Args:
             loss: scalar.
-            params: where ``loss`` was computed; None: the latest of ``fmodel``.
+            params: the parameters at which ``loss`` was computed; None: the latest of ``fmodel``.
             override: settings from now on.
-            grad_callback: instead of the optimizer's.
+            grad_callback: replaces the optimizer's.
+            kwargs: ignored, as by higher.
         """
         if override is not None:
             self._apply(override)
@@ -164,7 +165,7 @@ class DifferentiableOptimizer:
                 raise ValueError(f"override: expected settings of the optimizer, {known}; got {name!r}")
             if len(values) not in (1, len(self.param_groups)):
                 raise ValueError(
-                    f"override[{name!r}]: expected 1 value or {len(self.param_groups)}, one a group, got {len(values)}"
+                    f"override[{name!r}]: expected 1 value or {len(self.param_groups)}, one per group, got {len(values)}"
                 )
             for i, group in enumerate(self.param_groups):
                 group[name] = values[0] if len(values) == 1 else values[i]
@@ -179,7 +180,7 @@ def _kind_of(opt: torch.optim.Optimizer) -> type[inner.Rule]:
 
 
 def _rule(kind: type[inner.Rule], settings: Group) -> inner.Rule:
-    """The rule of a group's settings; those that say how torch computes have no part in it."""
+    """The rule of a group's settings, without those that choose one of torch's implementations."""
     if kind is inner.Adam and settings.get("decoupled_weight_decay"):
         kind = inner.AdamW
     names = {field.name for field in fields(kind)} & settings.keys()

@@ -13,7 +13,7 @@ from metafast.compat.calls import called, follow
 
 
 class Functional(nn.Module):
-    """What a functional copy has besides all that its model has."""
+    """The attributes that a functional copy adds to those of its model."""
 
     # Where the parameters are: (module, name, index into the list).
     _places: list[tuple[nn.Module, str, int]]
@@ -68,7 +68,7 @@ class Functional(nn.Module):
         """Puts tensors in the place of the parameters, one for each of the model's."""
         params = list(params)
         if len(params) != len(self._history[0]):
-            raise ValueError(f"params: expected {len(self._history[0])} tensors, one a parameter, got {len(params)}")
+            raise ValueError(f"params: expected {len(self._history[0])} tensors, one per parameter, got {len(params)}")
         if self._tracks:
             self._history.append(params)
         else:

@@ -1,4 +1,4 @@
-"""learn2learn's gradient-based meta-learning (Arnold et al., arXiv 2008.12284, release 0.2.0) over this library's ops.
+"""Gradient-based meta-learning of learn2learn (Arnold et al., arXiv 2008.12284, release 0.2.0) over this library's ops.
 
 Attention inside a wrapped model is this library's, which can be differentiated twice, and updates of all parameters are
 one call. Arguments, defaults and behaviour are learn2learn's.

@@ -15,14 +15,14 @@ Memo = dict[Any, Tensor]
 
 
 def clone_module(module: Module, memo: Memo | None = None) -> Module:
-    """A copy of a module with clones of its parameters: gradients of the copy's flow to the original's.
+    """A copy of a module with clones of its parameters. Gradients flow from the clones to the originals.
 
     Submodules are copied; one that is in several places is copied once, and so is a parameter. Buffers that require a
     gradient are cloned; the others, running statistics say, are the original's.
 
     Args:
-        module: what is cloned.
-        memo: clones made so far, by original.
+        module: the module to clone.
+        memo: the clones made so far, by original.
     """
     if not isinstance(module, nn.Module):
         return module
@@ -54,7 +54,7 @@ def detach_module(module: nn.Module, keep_requires_grad: bool = False) -> None:
 
     Args:
         module: a clone.
-        keep_requires_grad: what required a gradient before does so after, as a leaf.
+        keep_requires_grad: tensors that required a gradient still require one, as leaves.
     """
     if not isinstance(module, nn.Module):
         return
@@ -74,8 +74,8 @@ def update_module(module: Module, updates: Sequence[Tensor | None] | None = None
 
     Args:
         module: is changed; its tensors are not.
-        updates: one a parameter; None: what their attributes ``update`` hold, if anything.
-        memo: what takes a tensor's place, by that tensor; grows.
+        updates: one per parameter; None: the parameters' attributes ``update``, where they have one.
+        memo: the new tensor of each old one; grows.
 
     Returns:
         ``module``.
@@ -107,7 +107,7 @@ def update_module(module: Module, updates: Sequence[Tensor | None] | None = None
 def check_lengths(function: str, what: str, params: int, found: int) -> None:
     """Warns where there are not as many gradients or updates as parameters; the rest is left as it is."""
     if params != found:
-        warnings.warn(f"{function}(): expected {params} {what}, one a parameter, got {found}", stacklevel=3)
+        warnings.warn(f"{function}(): expected {params} {what}, one per parameter, got {found}", stacklevel=3)
 
 
 def _cloned(tensor: Tensor, memo: Memo) -> Any:

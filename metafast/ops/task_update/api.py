@@ -10,7 +10,7 @@ from torch import Tensor
 
 from metafast.backend import resolve_backend
 from metafast.inner import Rule
-from metafast.ops.task_update import autograd, reference
+from metafast.ops.task_update import autograd, library, reference
 from metafast.ops.task_update.clipping import clipped
 from metafast.ops.task_update.validation import (
     Arguments,
@@ -44,7 +44,7 @@ def task_update(
     first derivative is one such call too, and keeps no tensor in memory unless a rate is a tensor.
 
     Args:
-        rule: one of :mod:`metafast.inner`.
+        rule: one of :mod:`metafast.inner`, or a rule with a formula of its own (:meth:`metafast.inner.Rule.formula`).
         params: list, tuple or dict of tensors, each ``[T, *shape]`` or, the same for all tasks, ``[*shape]``; float32,
             float64, bfloat16 or float16 (computed in float32), on one device.
         grads: a gradient ``[T, *shape]`` for each parameter tensor, in a container as ``params``, with its dtypes. None
@@ -87,13 +87,18 @@ def task_update(
 def _results(rule: Rule, arguments: Arguments, step: int, backend: str | None) -> tuple[list[Tensor], ...]:
     groups = arguments.groups
     some = bool(groups[1])  # are not frozen
-    fused = some and resolve_backend("task_update", backend, reasons_against_fused(groups[0][0].device)) == "fused"
+    fused = some and resolve_backend("task_update", backend, _reasons_against_fused(rule, groups)) == "fused"
     # Kernels that run here and now look at each tensor themselves.
     if not fused or are_transforms_active():
         check_tensors(rule, arguments)
     if not some:
         return tuple([] for _ in range(1 + len(rule.state_names)))
     return (autograd.update if fused else reference.update)(rule, _with_clipped(rule, groups), step)
+
+
+def _reasons_against_fused(rule: Rule, groups: tuple[list[Tensor], ...]) -> list[str]:
+    without = [] if library.supports(rule) else [f"no kernel for the rule {type(rule).__name__}"]
+    return [*without, *reasons_against_fused(groups[0][0].device)]
 
 
 def _with_clipped(rule: Rule, groups: tuple[list[Tensor], ...]) -> tuple[list[Tensor], ...]:

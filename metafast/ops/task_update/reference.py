@@ -14,9 +14,14 @@ from torch import Tensor
 from metafast.inner import SGD, Adam, AdamW, RMSprop, Rule
 from metafast.ops.task_update.numerics import master, root
 
-__all__ = ["update"]
+__all__ = ["supports", "update"]
 
 Group = Sequence[Tensor]
+
+
+def supports(rule: object) -> bool:
+    """Whether there is a formula of this rule, here or its own."""
+    return type(rule) in _FORMULAS or (isinstance(rule, Rule) and rule.has_own_formula)
 
 
 def update(rule: Rule, groups: Sequence[Group], step: int) -> tuple[list[Tensor], ...]:
@@ -31,14 +36,15 @@ def update(rule: Rule, groups: Sequence[Group], step: int) -> tuple[list[Tensor]
     """
     numbers: Any = rule
     params, grads, *states, lrs, decays = groups
-    formula = _FORMULAS[type(rule)]
+    formula = type(rule).formula if rule.has_own_formula else _FORMULAS[type(rule)]
+    weight_decay = getattr(rule, "weight_decay", 0.0)
     results: tuple[list[Tensor], ...] = tuple([] for _ in range(1 + len(states)))
     for i, (original, grad) in enumerate(zip(params, grads, strict=True)):
         param, gradient = master(original), master(grad)
-        if numbers.maximize:
+        if getattr(rule, "maximize", False):
             gradient = -gradient
         lr = _rate(lrs, i, numbers.lr, param)
-        decay = _rate(decays, i, numbers.weight_decay, param) if decays or numbers.weight_decay != 0 else None
+        decay = _rate(decays, i, weight_decay, param) if decays or weight_decay != 0 else None
         state = {
             name: master(group[i]) if group else None for name, group in zip(rule.state_names, states, strict=True)
         }

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from metafast import backend
 from metafast.inner import Rule
-from metafast.ops.task_update import library
+from metafast.ops.task_update import reference
 
 __all__ = ["Arguments", "Tensors", "arranged", "check_tensors", "reasons_against_fused", "values"]
 
@@ -46,7 +46,7 @@ def arranged(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
-    if not library.supports(rule):
+    if not reference.supports(rule):
         raise TypeError(f"rule: expected a rule of metafast.inner, got {_type(rule)}")
     if isinstance(step, bool) or not isinstance(step, int):
         raise TypeError(f"step: expected an int, got {_type(step)}")

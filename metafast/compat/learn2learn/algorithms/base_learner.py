@@ -1,4 +1,4 @@
-"""What learners have in common."""
+"""The common part of the learners."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from metafast.compat.calls import called, follow
 
 
 class BaseLearner(nn.Module):
-    """A wrapped module, whose attributes are the learner's too, and which runs inside :func:`metafast.accelerate`."""
+    """A wrapped module that runs inside :func:`metafast.accelerate`; its attributes are the learner's too."""
 
     def __init__(self, module: nn.Module, names: Names | None = None) -> None:
         super().__init__()

@@ -20,7 +20,7 @@ def maml_update(model: Module, lr: float | Tensor, grads: Sequence[Tensor | None
     Args:
         model: is changed; its tensors are not.
         lr: a number or a tensor.
-        grads: one a parameter, None for those that stay; None: ``model`` is updated by its ``update`` attributes.
+        grads: one per parameter, None for a parameter that stays; None: ``model`` is updated by its ``update`` attributes.
 
     Returns:
         ``model``.
@@ -42,18 +42,20 @@ def maml_update(model: Module, lr: float | Tensor, grads: Sequence[Tensor | None
 
 
 class MAML(BaseLearner):
-    """``learn2learn.algorithms.MAML``: MAML (Finn et al., ICML 2017) or, with ``first_order``, FOMAML, a task at a time::
+    """``learn2learn.algorithms.MAML``: MAML (Finn et al., ICML 2017) or, with ``first_order``, FOMAML, one task at a time.
+
+    For example::
 
         maml = learn2learn.algorithms.MAML(nn.Linear(20, 10), lr=0.01)
         clone = maml.clone()
         clone.adapt(loss(clone(x), y))
         loss(clone(x), y).backward()  # the meta-gradient, in maml's parameters
 
-    :class:`metafast.MAML` runs many tasks side by side, in the memory of one step.
+    :class:`metafast.MAML` runs many tasks side by side, with ``checkpoint=True`` in the memory of one step.
 
     Args:
         model: module to wrap.
-        lr: of the inner steps.
+        lr: learning rate of the inner steps.
         first_order: take inner gradients as constants.
         allow_unused: allow parameters that the loss does not reach; None: as ``allow_nograd``.
         allow_nograd: allow parameters that do not require a gradient.
@@ -82,7 +84,7 @@ class MAML(BaseLearner):
         allow_unused: bool | None = None,
         allow_nograd: bool | None = None,
     ) -> None:
-        """An inner step on ``loss``; None stands for what the learner was made with.
+        """Takes an inner step on ``loss``. None stands for the learner's own setting.
 
         Raises:
             RuntimeError: a parameter does not require a gradient, or has none, and that was not allowed.

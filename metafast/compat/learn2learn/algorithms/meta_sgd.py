@@ -26,13 +26,13 @@ def meta_sgd_update(model: Module, lrs: Iterable[Tensor], grads: Sequence[Tensor
 
 
 class MetaSGD(BaseLearner):
-    """``learn2learn.algorithms.MetaSGD``: Meta-SGD (Li et al., arXiv 1707.09835), a task at a time.
+    """``learn2learn.algorithms.MetaSGD``: Meta-SGD (Li et al., arXiv 1707.09835), one task at a time.
 
     Args:
         model: module to wrap.
-        lr: where every parameter's rate starts.
+        lr: initial rate of every parameter.
         first_order: take inner gradients as constants.
-        lrs: the rates themselves, one tensor a parameter; None: parameters of this learner that start at ``lr``.
+        lrs: the rates themselves, one tensor per parameter; None: parameters of this learner that start at ``lr``.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class MetaSGD(BaseLearner):
         )
 
     def adapt(self, loss: Tensor, first_order: bool | None = None) -> None:
-        """An inner step on ``loss``; None stands for what the learner was made with."""
+        """Takes an inner step on ``loss``. None stands for the learner's own setting."""
         first_order = self.first_order if first_order is None else first_order
         params = list(self.module.parameters())
         grads = torch.autograd.grad(loss, params, retain_graph=not first_order, create_graph=not first_order)
