@@ -31,12 +31,12 @@ demo: install
 
 # A process a core, each with one thread: threads of several processes would only wait for each other.
 test: install $(VENV)/.test
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist worksteal
 
 # Random learners and ops in their thousands, and all of torch's databases of modules and functions: hours of one core.
 EXAMPLES ?= 5000
 fuzz: install $(VENV)/.test
-	METAFAST_FUZZ_EXAMPLES=$(EXAMPLES) METAFAST_FULL=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto \
+	METAFAST_FUZZ_EXAMPLES=$(EXAMPLES) METAFAST_FULL=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist worksteal \
 	  tests/test_fuzz.py tests/test_torch_functions.py tests/test_torch_modules.py
 
 lint: $(VENV)/.dev
