@@ -55,7 +55,7 @@ docs: $(VENV)/.docs
 wheel: $(VENV)/.dev
 	rm -rf dist
 	$(RUN) -m build --no-isolation --outdir dist/linux
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" auditwheel repair --exclude "libtorch*.so" --exclude libc10.so --wheel-dir dist dist/linux/*.whl
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" auditwheel repair --strip --exclude "libtorch*.so" --exclude libc10.so --wheel-dir dist dist/linux/*.whl
 	mv dist/linux/*.tar.gz dist
 	rm -r dist/linux
 
