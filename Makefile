@@ -1,58 +1,78 @@
-# Everything runs in .venv, which the first target to need it makes; a second call starts at once.
-# On a machine with a GPU, `make gpu-check` and `make gpu-bench` use PYTHON and the CUDA build of torch that it has.
+# Everything runs in .venv. Each target first installs there what it needs, and nothing of what others need; a second call starts
+# at once. On a machine with a GPU, `make gpu-check` and `make gpu-bench` use PYTHON and the CUDA build of torch that it has.
 
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 CSRC := $(shell find csrc -type f) setup.py pyproject.toml
 
-.PHONY: install demo test fuzz lint format bench sanitize gpu-check gpu-bench clean
+.PHONY: install demo test fuzz lint format docs wheel wheel-check bench sanitize gpu-check gpu-bench clean
 
 install: $(VENV)/.installed
 
-$(VENV)/.requirements: requirements.txt
+$(RUN):
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+
+# A stamp for each file of requirements/.
+$(VENV)/.%: requirements/%.txt | $(RUN)
+	$(PIP) -r $<
 	touch $@
 
-$(VENV)/.installed: $(VENV)/.requirements $(CSRC)
-	$(RUN) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+$(VENV)/.test $(VENV)/.docs $(VENV)/.installed: $(VENV)/.demo
+$(VENV)/.dev $(VENV)/.bench: $(VENV)/.test
+
+$(VENV)/.installed: $(CSRC)
+	$(PIP) --no-build-isolation --no-deps -e .
 	touch $@
 
 demo: install
 	$(RUN) -m metafast demo
 
 # A process a core, each with one thread: threads of several processes would only wait for each other.
-test: install
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto
+test: install $(VENV)/.test
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist worksteal
 
 # Random learners and ops in their thousands, and all of torch's databases of modules and functions: hours of one core.
 EXAMPLES ?= 5000
-fuzz: install
-	METAFAST_FUZZ_EXAMPLES=$(EXAMPLES) METAFAST_FULL=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto \
+fuzz: install $(VENV)/.test
+	METAFAST_FUZZ_EXAMPLES=$(EXAMPLES) METAFAST_FULL=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist worksteal \
 	  tests/test_fuzz.py tests/test_torch_functions.py tests/test_torch_modules.py
 
-lint: install
+lint: $(VENV)/.dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	$(VENV)/bin/lint-imports
 
-format: install
+format: $(VENV)/.dev
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
-# SUITES="attention memory" picks suites, all without it; BENCH="--compile --select causal" passes options on. The extra brings
-# the peers, without which their cases are skipped.
+docs: $(VENV)/.docs
+	$(RUN) -m mkdocs build --strict
+
+# A source distribution, and from it a wheel, which is tagged with the oldest Linux that it runs on. Torch's libraries stay torch's.
+wheel: $(VENV)/.dev
+	rm -rf dist
+	$(RUN) -m build --no-isolation --outdir dist/linux
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" auditwheel repair --strip --exclude "libtorch*.so" --exclude libc10.so --wheel-dir dist dist/linux/*.whl
+	mv dist/linux/*.tar.gz dist
+	rm -r dist/linux
+
+wheel-check: wheel
+	.ci/wheel-check
+
+# SUITES="attention memory" picks suites, all without it; BENCH="--compile --select causal" passes options on.
 SUITES ?=
 BENCH ?=
-bench: install
-	$(RUN) -m pip install --quiet --disable-pip-version-check "higher>=0.2.1" "torchopt>=0.7.3"
+bench: install $(VENV)/.bench
 	$(RUN) -m metafast bench $(SUITES) $(BENCH)
 
 # The kernels with AddressSanitizer and UndefinedBehaviorSanitizer, built apart, under the tests that call them most. Leaks
 # are not looked for: the interpreter and torch keep much until the end.
 SANITIZED := build/sanitize/lib
-sanitize: install
+sanitize: $(VENV)/.test
 	METAFAST_BUILD=cpu METAFAST_SANITIZE=1 $(RUN) setup.py -q build --build-base build/sanitize --build-lib $(SANITIZED)
 	cd $(SANITIZED) && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
@@ -77,4 +97,4 @@ gpu-bench:
 	$(PYTHON) -m metafast bench $(SUITES) --compile --out benchmarks/results $(BENCH)
 
 clean:
-	rm -rf $(VENV) build dist metafast/*.so *.egg-info
+	rm -rf $(VENV) build dist site metafast/*.so *.egg-info

@@ -31,6 +31,8 @@ def compile_object(nvcc: str, source: Path, out: Path) -> subprocess.CompletedPr
             nvcc,
             *("-c", str(source), "-o", str(out / f"{source.stem}.o")),
             *("-O1", "-std=c++20", "--threads", "0", "-Werror", "all-warnings", "-Xcompiler", "-fPIC,-Wall"),
+            # The host's compiler warns of more when it optimizes; the device's need not.
+            *("-Xcicc", "-O0", "-Xptxas", "-O0"),
             *COMMON_NVCC_FLAGS,
             *(f"-gencode=arch=compute_{number},code=sm_{number}" for number in ARCHITECTURES),
             *("-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000"),

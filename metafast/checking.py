@@ -123,13 +123,17 @@ def _exact_gradient(meta: MetaLearner, batches: tuple[Any, ...]) -> tuple[float,
 
 def _gradient(meta: MetaLearner, batches: tuple[Any, ...], backend: str) -> tuple[float, dict[str, Tensor]]:
     device = next(meta.parameters()).device
+    meta.zero_grad()
     with torch.random.fork_rng([device] if device.type == "cuda" else []), use_backend(backend), torch.enable_grad():
         torch.manual_seed(0)
-        meta.zero_grad()
         loss = meta(*batches)
         loss.backward()
     named = {name: p for name, p in meta.named_parameters() if p.requires_grad}
-    return loss.item(), {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in named.items()}
+    gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in named.items()}
+    # What the next call would release is no part of its memory.
+    meta.zero_grad()
+    meta.outcome = None
+    return loss.item(), gradients
 
 
 def _distance(found: list[Tensor], expected: list[Tensor], whole: float = 0.0) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import resource
 import statistics
 import sys
@@ -10,7 +11,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch._C._autograd import _disable_profiler_legacy, _enable_profiler_legacy
+from torch._C._profiler import ProfilerConfig, ProfilerState, _ExperimentalConfig
 
 
 def seconds_of(call: Callable[[], object], device: torch.device | str = "cpu") -> float:
@@ -57,7 +59,7 @@ def highest_memory(device: torch.device | str = "cpu") -> int:
 def peak_memory(call: Callable[[], object], device: torch.device | str = "cpu") -> int:
     """The most bytes that tensors made during ``call`` took at once.
 
-    On CUDA the allocator counts; on the CPU the profiler's record of every allocation and release is added up.
+    On CUDA the allocator counts; on the CPU the record of every allocation and release is added up.
     """
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
@@ -66,15 +68,16 @@ def peak_memory(call: Callable[[], object], device: torch.device | str = "cpu") 
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
+    # Not torch.profiler, whose library writes a line to stderr at each start and stop. Torch would also warn of what is
+    # released during the call, but was made before: garbage is collected first.
+    gc.collect()
+    _enable_profiler_legacy(ProfilerConfig(ProfilerState.CPU, False, True, False, False, False, _ExperimentalConfig()))
+    try:
         call()
-    allocations = [
-        (event.start_ns(), event.nbytes())
-        for event in recorded.profiler.kineto_results.events()
-        if event.name() == "[memory]"
-    ]
+    finally:
+        threads = _disable_profiler_legacy()
     now = peak = 0
-    for _, size in sorted(allocations, key=lambda allocation: allocation[0]):
-        now += size
+    for event in (event for thread in threads for event in thread):
+        now += event.cpu_memory_usage()
         peak = max(peak, now)
     return peak

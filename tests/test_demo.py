@@ -236,8 +236,9 @@ def test_the_first_parameters_depend_on_the_seed_alone():
     assert not torch.equal(first["tokens.weight"], other["tokens.weight"])
 
 
-@pytest.fixture
-def trained(folder, languages):
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, languages):
+    folder = Folder(tmp_path_factory.mktemp("trained") / "run")
     run_tiny(folder, languages, config(iterations=30, width=16, outer_lr=0.02))
     return folder
 
