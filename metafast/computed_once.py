@@ -78,7 +78,7 @@ class ComputedOnce(TorchFunctionMode):
         self._held: list[Tensor] = []
         self._results: dict[Any, Any] = {}
         self._stopped = False
-        self._computing = False
+        self.paused = False
         self.taken: Counter[str] = Counter()
         for tensor in known:
             self._know(tensor)
@@ -95,7 +95,7 @@ class ComputedOnce(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self._stopped or self._computing:
+        if self._stopped or self.paused:
             return func(*args, **kwargs)
         if func in _FREES_GRAPHS:
             self._stop()
@@ -107,7 +107,7 @@ class ComputedOnce(TorchFunctionMode):
 
     def call(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """``function(*args, **kwargs)``, or what it was before."""
-        if self._stopped or self._computing:
+        if self._stopped or self.paused:
             return function(*args, **kwargs)
         try:
             key = (function, torch.is_grad_enabled(), *self._key(args), *self._key(kwargs))
@@ -117,12 +117,8 @@ class ComputedOnce(TorchFunctionMode):
         except _UnknownError:
             return function(*args, **kwargs)
         watch = _Watch()
-        self._computing = True
-        try:
-            with watch:
-                result = function(*args, **kwargs)
-        finally:
-            self._computing = False
+        with anew(), watch:
+            result = function(*args, **kwargs)
         if watch.repeatable:
             # Of arguments that the call has written to, the key has become unknown.
             with contextlib.suppress(_UnknownError):
@@ -259,6 +255,20 @@ def computing_once(model: nn.Module, known: Iterable[Tensor]) -> Iterator[None]:
 def once() -> contextlib.AbstractContextManager[Any]:
     """Enters the session of :func:`computing_once`, where there is one."""
     return _local.session or contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def anew() -> Iterator[None]:
+    """Inside, everything is computed, also where :func:`once` is entered."""
+    mode = _local.inside
+    if mode is None:
+        yield
+        return
+    before, mode.paused = mode.paused, True
+    try:
+        yield
+    finally:
+        mode.paused = before
 
 
 def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

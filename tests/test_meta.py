@@ -317,7 +317,7 @@ TASKS = torch.ones(2, 3, 1)
             ValueError,
             r"support: expected the same number of tasks in every tensor, got \[1, 2\]",
         ),
-        ((TASKS, "text"), TASKS, TypeError, "support: expected tensors whose first dimension is the task, got a str"),
+        ((TASKS, "text"), TASKS, TypeError, "support: expected tensors whose first dimension is the task, got str"),
         (torch.tensor(1.0), TASKS, ValueError, "support: .* got a scalar tensor"),
         ((), TASKS, TypeError, "support: expected tensors .* got tuple without any"),
     ],

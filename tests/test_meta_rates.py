@@ -326,6 +326,7 @@ def test_a_tied_parameter_matches_by_any_of_its_names(generator):
             ValueError,
             r"adapt_parameters: expected to match a parameter of body.0.weight, .*; got 'decoder.\*'",
         ),
+        (3, TypeError, r"adapt_parameters: expected patterns or a callable\(name, parameter\), got int"),
         ([3], TypeError, r"adapt_parameters: expected patterns or a callable\(name, parameter\), got a list of int"),
     ],
 )
@@ -401,5 +402,7 @@ def test_maml_plus_plus_resumes_in_its_epoch(net, batches):
 
 
 def test_step_weights_are_as_many_as_steps(net):
+    with pytest.raises(TypeError, match="step_weights: expected 2 numbers, one per step, got int"):
+        metafast.MAML(nn.Linear(2, 2), loss_fn, inner=SGD(lr=0.1), steps=2, step_weights=3)
     with pytest.raises(ValueError, match="step_weights: expected 2 numbers, one per step, got 3"):
         metafast.MAML(net, loss_fn, inner=SGD(lr=0.1), steps=2, step_weights=[1, 1, 1])

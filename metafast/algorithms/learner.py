@@ -117,7 +117,7 @@ class MetaLearner(nn.Module):
         *,
         inner: Rule,
         steps: int,
-        order: int = 1,
+        order: int = 2,
         checkpoint: bool | Literal["auto"] = False,
         task_batching: str = "auto",
         adapt_parameters: Selection | None = None,

@@ -46,6 +46,8 @@ class MAML(MetaLearner):
         **options: Unpack[Options],
     ) -> None:
         super().__init__(model, loss_fn, inner=inner, steps=steps, order=order, **options)
+        if step_weights is not None and not isinstance(step_weights, Sequence):
+            raise TypeError(f"step_weights: expected {steps} numbers, one per step, got {type(step_weights).__name__}")
         if step_weights is not None and len(step_weights) != steps:
             raise ValueError(f"step_weights: expected {steps} numbers, one per step, got {len(step_weights)}")
         self.step_weights = None if step_weights is None else [float(weight) for weight in step_weights]

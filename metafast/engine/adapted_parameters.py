@@ -76,6 +76,10 @@ def _trained(params: Params) -> Params:
 def _predicate(selection: Selection, names: Sequence[str]) -> Callable[[str, nn.Parameter], bool]:
     if callable(selection):
         return selection
+    if not isinstance(selection, Iterable):
+        raise TypeError(
+            f"adapt_parameters: expected patterns or a callable(name, parameter), got {type(selection).__name__}"
+        )
     patterns = [selection] if isinstance(selection, str) else list(selection)
     if not all(isinstance(pattern, str) for pattern in patterns):
         kinds = ", ".join(sorted({type(pattern).__name__ for pattern in patterns}))

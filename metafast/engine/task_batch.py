@@ -79,9 +79,9 @@ def count_tasks(batch: Any, name: str) -> int:
         )
     for leaf in leaves:
         if isinstance(leaf, Mapping):
-            raise TypeError(f"{name}: expected a dict of tensors, got a {type(leaf).__name__}; pass dict({name})")
+            raise TypeError(f"{name}: expected a dict of tensors, got {type(leaf).__name__}; pass dict({name})")
         if not isinstance(leaf, Tensor):
-            raise TypeError(f"{name}: expected tensors whose first dimension is the task, got a {type(leaf).__name__}")
+            raise TypeError(f"{name}: expected tensors whose first dimension is the task, got {type(leaf).__name__}")
         if leaf.ndim == 0:
             raise ValueError(f"{name}: expected tensors whose first dimension is the task, got a scalar tensor")
     counts = {leaf.shape[0] for leaf in leaves}

@@ -14,7 +14,7 @@ from torch.func import vmap
 from torch.utils import _pytree as pytree
 
 from metafast.acceleration import accelerated_thread, replaced_names
-from metafast.computed_once import once
+from metafast.computed_once import anew, once
 from metafast.engine.placed_tensors import placed
 from metafast.engine.recompute_in_model import recomputed_with
 from metafast.engine.replay_state import written_parameters
@@ -76,7 +76,6 @@ class TaskModel:
         # One call per task comes in the order of a plain loop.
         self._order_is_free = not in_steps
         self._in_own_memory = False
-        self._has_run = False
 
     def compute(
         self,
@@ -100,9 +99,7 @@ class TaskModel:
             return self._one({**shared, **own}, inputs, {**named, **(options or {})})
 
         call = _Call(one, (own, inputs, named or {}), shared)
-        # The first call compares what further ones leave on the model.
-        with accelerated_thread(self._names), once() if self._has_run else contextlib.nullcontext():
-            self._has_run = True
+        with accelerated_thread(self._names), once():
             if self._batching == "vmap":
                 self._warn_of_hooks()
             if self._batching == "loop":
@@ -133,7 +130,7 @@ class TaskModel:
         else:
             found = None
             if not is_recording():
-                found = before.difference(lambda: _side_by_side(call), self._settled, strays)
+                found = before.difference(lambda: _again(_side_by_side, call), self._settled, strays)
                 self._looks_outside = False
             if found is None:
                 return result
@@ -160,7 +157,7 @@ class TaskModel:
         before = StateBefore(self.module, leaves[0].device)
         result = self._loop(call)
         if len(leaves[0]) > 1:
-            if found := before.influence(result, lambda: self._loop(call)):
+            if found := before.influence(result, lambda: _again(self._loop, call)):
                 before.restore()
                 raise OrderMattersError(found)
             self._order_is_free = True
@@ -227,6 +224,12 @@ class TaskModel:
         if not self._warned_of_hooks and (reason := self._hook_reason()) is not None:
             self._warned_of_hooks = True
             logger.warning("task_batching='vmap': %s; 'auto' and 'loop' call them", reason)
+
+
+def _again(function: Callable[[_Call], Any], call: _Call) -> Any:
+    """``function(call)`` to see what a further call leaves on the model, so with all of its computations."""
+    with anew():
+        return function(call)
 
 
 @dataclass(frozen=True)
