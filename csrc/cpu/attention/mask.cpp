@@ -100,7 +100,7 @@ Tensor gradient_like(const Tensor& mask) {
 Results<1> attention_mask_backward(
     const Given<1>& given, const Options& options, const Tensor& grad_out_, const Tensor& query, const Tensor& key,
     const Tensor& value, const Tensor&, const Tensor& statistics_) {
-  const Results<1> results = given ? *given : Results<1>{gradient_like(*options.attn_mask)};
+  Results<1> results = given ? *given : Results<1>{gradient_like(*options.attn_mask)};
   const Call call(query, key, value, options);
   const Tensor grad_out = rows_as_read(grad_out_), statistics = torch::stable::contiguous(statistics_);
   const Output sums = sums_for(results[0]);
@@ -121,7 +121,7 @@ Results<1> attention_mask_backward_jvp(
     const Given<1>& given, const Options& options, const Tensor& grad_out_, const Tensor& query, const Tensor& key,
     const Tensor& value, const Tensor&, const Tensor& statistics_, const Tensor& tangent_query, const Tensor& tangent_key,
     const Tensor& tangent_value, const std::optional<Tensor>& tangent_mask, const std::optional<Tensor>& tangent_grad_out_) {
-  const Results<1> results = given ? *given : Results<1>{gradient_like(*options.attn_mask)};
+  Results<1> results = given ? *given : Results<1>{gradient_like(*options.attn_mask)};
   const Call call(query, key, value, options);
   const TangentTensors tangents(tangent_query, tangent_key, tangent_value, tangent_mask);
   const Tensor grad_out = rows_as_read(grad_out_), statistics = torch::stable::contiguous(statistics_);

@@ -94,7 +94,7 @@ Tensor statistics_of(const Tensor& query) {
 
 Results<2> attention_forward(
     const Given<2>& given, const Options& options, const Tensor& query, const Tensor& key, const Tensor& value) {
-  const Results<2> results = given ? *given : Results<2>{output_like(query, value.size(value.dim() - 1)), statistics_of(query)};
+  Results<2> results = given ? *given : Results<2>{output_like(query, value.size(value.dim() - 1)), statistics_of(query)};
   const Call call(query, key, value, options);
   const Output out = output_with_plain_rows(results[0]), statistics = contiguous_output(results[1]);
   call.with_problem([&](const auto& problem) {
@@ -108,7 +108,7 @@ Results<2> attention_forward(
 Results<3> attention_backward(
     const Given<3>& given, const Options& options, const Tensor& grad_out_, const Tensor& query, const Tensor& key,
     const Tensor& value, const Tensor&, const Tensor& statistics_) {
-  const Results<3> results = given ? *given : Results<3>{output_like(query), output_like(key), output_like(value)};
+  Results<3> results = given ? *given : Results<3>{output_like(query), output_like(key), output_like(value)};
   const Call call(query, key, value, options);
   const Tensor grad_out = rows_as_read(grad_out_), statistics = torch::stable::contiguous(statistics_);
   const Output grad_query = output_with_plain_rows(results[0]), grad_key = output_with_plain_rows(results[1]);
@@ -127,7 +127,7 @@ Results<1> attention_jvp(
     const Given<1>& given, const Options& options, const Tensor& query, const Tensor& key, const Tensor& value,
     const Tensor& out, const Tensor& statistics_, const Tensor& tangent_query, const Tensor& tangent_key,
     const Tensor& tangent_value, const std::optional<Tensor>& tangent_mask) {
-  const Results<1> results = given ? *given : Results<1>{output_like(out)};
+  Results<1> results = given ? *given : Results<1>{output_like(out)};
   const Call call(query, key, value, options);
   const TangentTensors tangents(tangent_query, tangent_key, tangent_value, tangent_mask);
   const Tensor statistics = torch::stable::contiguous(statistics_);
@@ -144,7 +144,7 @@ Results<4> attention_backward_jvp(
     const Given<4>& given, const Options& options, const Tensor& grad_out_, const Tensor& query, const Tensor& key,
     const Tensor& value, const Tensor& out, const Tensor& statistics_, const Tensor& tangent_query, const Tensor& tangent_key,
     const Tensor& tangent_value, const std::optional<Tensor>& tangent_mask, const std::optional<Tensor>& tangent_grad_out_) {
-  const Results<4> results = given ? *given : Results<4>{output_like(out), output_like(query), output_like(key), output_like(value)};
+  Results<4> results = given ? *given : Results<4>{output_like(out), output_like(query), output_like(key), output_like(value)};
   const Call call(query, key, value, options);
   const TangentTensors tangents(tangent_query, tangent_key, tangent_value, tangent_mask);
   const Tensor grad_out = rows_as_read(grad_out_), statistics = torch::stable::contiguous(statistics_);

@@ -43,9 +43,9 @@ class Attention(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        *tensors, ctx.options = inputs
+        query, key, value, *tensors, ctx.options = inputs
         ctx.mark_non_differentiable(output[1])
-        save(ctx, *tensors[:3], *output, *tensors[3:])
+        save(ctx, query, key, value, *output, *tensors)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor, grad_statistics: Tensor) -> tuple[Tensor | None, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 from torch import Tensor
@@ -23,6 +24,12 @@ class Options:
     right: int
     dropout_p: float
     scale: float
+
+
+@lru_cache(maxsize=128)
+def shared_options(*numbers: Any) -> Options:
+    """``Options(*numbers)``, made once: most calls are alike, and looking one up takes less time than making it."""
+    return Options(*numbers)
 
 
 # The options of a call: ``attn_mask``, ``seeds`` of dropout, and the numbers. They end the arguments of every pass. The mask

@@ -51,11 +51,11 @@ def backward_query_kernel(
     delta,
     grad_query,
     mask,
-    settings,
     n_queries,
     n_keys,
     heads,
     group,
+    settings,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     HEAD_BLOCK: tl.constexpr,
@@ -86,10 +86,11 @@ def backward_query_kernel(
     for first_key in range(start, end, KEY_BLOCK):
         k = load_tile(key, batch, kv_head, first_key, n_keys, KEY_BLOCK, HEAD_DIM, HEAD_BLOCK)
         v = load_tile(value, batch, kv_head, first_key, n_keys, KEY_BLOCK, VALUE_DIM, VALUE_BLOCK)
-        tile = Tile(head, first_query, first_key, n_queries, n_keys, rows, columns, mask_start, seed)
+        tile = Tile(head, first_query, first_key, n_queries, n_keys, rows, columns, mask_start)
         p = weights(q, k, largest, log_total, mask, settings, tile, by_keys, PRECISION)
-        kept = dropout_factors(settings, tile, QUERY_BLOCK, KEY_BLOCK, by_keys)
-        dp = dropped(product(g, v, None, by_keys, PRECISION), kept, settings)
+        dp = product(g, v, None, by_keys, PRECISION)
+        kept = dropout_factors(settings, seed, tile, QUERY_BLOCK, KEY_BLOCK, by_keys)
+        dp = dropped(dp, kept, settings)
         ds = (p * (dp - d[:, None])).to(k.dtype)
         gradient = tl.dot(ds, k, gradient, input_precision=PRECISION)
         excess += tl.sum(ds.to(tl.float32), 1)
@@ -113,11 +114,11 @@ def backward_key_kernel(
     grad_key,
     grad_value,
     mask,
-    settings,
     n_queries,
     n_keys,
     heads,
     group,
+    settings,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     HEAD_BLOCK: tl.constexpr,
@@ -149,9 +150,9 @@ def backward_key_kernel(
             statistics, query, mask, batch, head, heads, first_query, n_queries, QUERY_BLOCK
         )
         d = load_statistic(delta, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
-        tile = Tile(head, first_query, first_key, n_queries, n_keys, rows, columns, mask_start, seed)
+        tile = Tile(head, first_query, first_key, n_queries, n_keys, rows, columns, mask_start)
         p = weights(q, k, largest, log_total, mask, settings, tile, by_keys, PRECISION)
-        kept = dropout_factors(settings, tile, QUERY_BLOCK, KEY_BLOCK, by_keys)
+        kept = dropout_factors(settings, seed, tile, QUERY_BLOCK, KEY_BLOCK, by_keys)
         z = dropped(p, kept, settings)
         to_value = tl.dot(z.to(g.dtype), g, to_value, input_precision=PRECISION)
         dp = dropped(product(g, v, None, by_keys, PRECISION), kept, settings)

@@ -64,11 +64,11 @@ def backward_jvp_query_kernel(
     tangent_delta,
     tangent_grad_query,
     mask,
-    settings,
     n_queries,
     n_keys,
     heads,
     group,
+    settings,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     HEAD_BLOCK: tl.constexpr,
@@ -110,7 +110,7 @@ def backward_jvp_query_kernel(
         tk = load_tile(tangent_key, batch, kv_head, first_key, n_keys, KEY_BLOCK, HEAD_DIM, HEAD_BLOCK)
         v = load_tile(value, batch, kv_head, first_key, n_keys, KEY_BLOCK, VALUE_DIM, VALUE_BLOCK)
         tv = load_tile(tangent_value, batch, kv_head, first_key, n_keys, KEY_BLOCK, VALUE_DIM, VALUE_BLOCK)
-        tile = Tile(head, first_query, first_key, n_queries, n_keys, rows, columns, mask_start, seed)
+        tile = Tile(head, first_query, first_key, n_queries, n_keys, rows, columns, mask_start)
         p = weights(q, k, largest, log_total, mask, settings, tile, by_keys, PRECISION)
         t = tangent_scores(q, k, tq, tk, mean, settings.scale, by_keys, PRECISION)
         t = add_tangent_mask(t, tangent_mask, tangent_mask_start, tile)
@@ -118,7 +118,7 @@ def backward_jvp_query_kernel(
         f = product(g, tv, None, by_keys, PRECISION)
         if tangent_grad_out is not None:
             f = product(tg, v, f, by_keys, PRECISION)
-        kept = dropout_factors(settings, tile, QUERY_BLOCK, KEY_BLOCK, by_keys)
+        kept = dropout_factors(settings, seed, tile, QUERY_BLOCK, KEY_BLOCK, by_keys)
         e, f = dropped(e, kept, settings), dropped(f, kept, settings)
         e -= d[:, None]
         ds = (p * e).to(k.dtype)
@@ -166,11 +166,11 @@ def backward_jvp_key_kernel(
     tangent_grad_key,
     tangent_grad_value,
     mask,
-    settings,
     n_queries,
     n_keys,
     heads,
     group,
+    settings,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     HEAD_BLOCK: tl.constexpr,
@@ -208,11 +208,11 @@ def backward_jvp_key_kernel(
         mean = load_statistic(mu, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
         d = load_statistic(delta, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
         td = load_statistic(tangent_delta, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
-        tile = Tile(head, first_query, first_key, n_queries, n_keys, rows, columns, mask_start, seed)
+        tile = Tile(head, first_query, first_key, n_queries, n_keys, rows, columns, mask_start)
         p = weights(q, k, largest, log_total, mask, settings, tile, by_keys, PRECISION)
         t = tangent_scores(q, k, tq, tk, mean, settings.scale, by_keys, PRECISION)
         t = add_tangent_mask(t, tangent_mask, tangent_mask_start, tile)
-        kept = dropout_factors(settings, tile, QUERY_BLOCK, KEY_BLOCK, by_keys)
+        kept = dropout_factors(settings, seed, tile, QUERY_BLOCK, KEY_BLOCK, by_keys)
         z = dropped(p, kept, settings)
         to_value = tl.dot((z * t).to(g.dtype), g, to_value, input_precision=PRECISION)
         e = product(g, v, None, by_keys, PRECISION)

@@ -30,11 +30,11 @@ def forward_kernel(
     out,
     statistics,
     mask,
-    settings,
     n_queries,
     n_keys,
     heads,
     group,
+    settings,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     HEAD_BLOCK: tl.constexpr,
@@ -58,7 +58,7 @@ def forward_kernel(
     weighted = tl.zeros([QUERY_BLOCK, VALUE_BLOCK], dtype=tl.float32)
     for first_key in range(start, end, KEY_BLOCK):
         k = load_tile(key, batch, kv_head, first_key, n_keys, KEY_BLOCK, HEAD_DIM, HEAD_BLOCK)
-        tile = Tile(head, first_query, first_key, n_queries, n_keys, rows, columns, mask_start, seed)
+        tile = Tile(head, first_query, first_key, n_queries, n_keys, rows, columns, mask_start)
         s = scores(q, k, mask, settings, tile, by_keys, PRECISION)
         now_largest = tl.maximum(largest, tl.max(s, 1))
         # A row without any key so far has only -inf, and -inf - (-inf) would be NaN.
@@ -66,7 +66,7 @@ def forward_kernel(
         p = tl.exp2(s - shift[:, None])
         decay = tl.exp2(largest - shift)
         total = total * decay + tl.sum(p, 1)
-        kept = dropout_factors(settings, tile, QUERY_BLOCK, KEY_BLOCK, by_keys)
+        kept = dropout_factors(settings, seed, tile, QUERY_BLOCK, KEY_BLOCK, by_keys)
         p = dropped(p, kept, settings)
         v = load_tile(value, batch, kv_head, first_key, n_keys, KEY_BLOCK, VALUE_DIM, VALUE_BLOCK)
         weighted = tl.dot(p.to(v.dtype), v, weighted * decay[:, None], input_precision=PRECISION)

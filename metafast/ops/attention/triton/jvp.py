@@ -51,11 +51,11 @@ def jvp_kernel(
     tangent_out,
     mu,
     mask,
-    settings,
     n_queries,
     n_keys,
     heads,
     group,
+    settings,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     HEAD_BLOCK: tl.constexpr,
@@ -91,7 +91,7 @@ def jvp_kernel(
     for first_key in range(start, end, KEY_BLOCK):
         k = load_tile(key, batch, kv_head, first_key, n_keys, KEY_BLOCK, HEAD_DIM, HEAD_BLOCK)
         tk = load_tile(tangent_key, batch, kv_head, first_key, n_keys, KEY_BLOCK, HEAD_DIM, HEAD_BLOCK)
-        tile = Tile(head, first_query, first_key, n_queries, n_keys, rows, columns, mask_start, seed)
+        tile = Tile(head, first_query, first_key, n_queries, n_keys, rows, columns, mask_start)
         p = weights(q, k, largest, log_total, mask, settings, tile, by_keys, PRECISION)
         ts = tangent_scores(q, k, tq, tk, common, settings.scale, by_keys, PRECISION)
         ts = add_tangent_mask(ts, tangent_mask, tangent_mask_start, tile)
@@ -102,7 +102,7 @@ def jvp_kernel(
             ts -= centre[:, None]
         pts = p * ts
         mean += tl.sum(pts, 1)
-        kept = dropout_factors(settings, tile, QUERY_BLOCK, KEY_BLOCK, by_keys)
+        kept = dropout_factors(settings, seed, tile, QUERY_BLOCK, KEY_BLOCK, by_keys)
         p, pts = dropped(p, kept, settings), dropped(pts, kept, settings)
         v = load_tile(value, batch, kv_head, first_key, n_keys, KEY_BLOCK, VALUE_DIM, VALUE_BLOCK)
         tv = load_tile(tangent_value, batch, kv_head, first_key, n_keys, KEY_BLOCK, VALUE_DIM, VALUE_BLOCK)

@@ -59,11 +59,11 @@ def mask_backward_kernel(
     delta,
     gradient,
     mask,
-    settings,
     n_queries,
     n_keys,
     heads,
     group,
+    settings,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     HEAD_BLOCK: tl.constexpr,
@@ -89,8 +89,7 @@ def mask_backward_kernel(
         first_key = (column_block + step % column_blocks) * KEY_BLOCK
         kv_head = head // group
         mask_start = mask_of(mask, batch)
-        seed = seed_of(settings, batch)
-        tile = Tile(head, first_query, first_key, n_queries, n_keys, rows, columns, mask_start, seed)
+        tile = Tile(head, first_query, first_key, n_queries, n_keys, rows, columns, mask_start)
         q = load_tile(query, batch, head, first_query, n_queries, QUERY_BLOCK, HEAD_DIM, HEAD_BLOCK)
         k = load_tile(key, batch, kv_head, first_key, n_keys, KEY_BLOCK, HEAD_DIM, HEAD_BLOCK)
         g = load_tile(grad_out, batch, head, first_query, n_queries, QUERY_BLOCK, VALUE_DIM, VALUE_BLOCK)
@@ -100,8 +99,10 @@ def mask_backward_kernel(
         )
         d = load_statistic(delta, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
         p = weights(q, k, largest, log_total, mask, settings, tile, by_keys, PRECISION)
-        kept = dropout_factors(settings, tile, QUERY_BLOCK, KEY_BLOCK, by_keys)
-        dp = dropped(product(g, v, None, by_keys, PRECISION), kept, settings)
+        dp = product(g, v, None, by_keys, PRECISION)
+        seed = seed_of(settings, batch)
+        kept = dropout_factors(settings, seed, tile, QUERY_BLOCK, KEY_BLOCK, by_keys)
+        dp = dropped(dp, kept, settings)
         total += p * (dp - d[:, None])
     store_mask_tile(gradient, split, mask_batch, mask_head, first_row, first_column, total, QUERY_BLOCK, KEY_BLOCK)
 
@@ -123,11 +124,11 @@ def mask_backward_jvp_kernel(
     tangent_delta,
     gradient,
     mask,
-    settings,
     n_queries,
     n_keys,
     heads,
     group,
+    settings,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     HEAD_BLOCK: tl.constexpr,
@@ -153,8 +154,7 @@ def mask_backward_jvp_kernel(
         first_key = (column_block + step % column_blocks) * KEY_BLOCK
         kv_head = head // group
         mask_start = mask_of(mask, batch)
-        seed = seed_of(settings, batch)
-        tile = Tile(head, first_query, first_key, n_queries, n_keys, rows, columns, mask_start, seed)
+        tile = Tile(head, first_query, first_key, n_queries, n_keys, rows, columns, mask_start)
         q = load_tile(query, batch, head, first_query, n_queries, QUERY_BLOCK, HEAD_DIM, HEAD_BLOCK)
         tq = load_tile(tangent_query, batch, head, first_query, n_queries, QUERY_BLOCK, HEAD_DIM, HEAD_BLOCK)
         k = load_tile(key, batch, kv_head, first_key, n_keys, KEY_BLOCK, HEAD_DIM, HEAD_BLOCK)
@@ -177,7 +177,8 @@ def mask_backward_jvp_kernel(
         if tangent_grad_out is not None:
             tg = load_tile(tangent_grad_out, batch, head, first_query, n_queries, QUERY_BLOCK, VALUE_DIM, VALUE_BLOCK)
             f = product(tg, v, f, by_keys, PRECISION)
-        kept = dropout_factors(settings, tile, QUERY_BLOCK, KEY_BLOCK, by_keys)
+        seed = seed_of(settings, batch)
+        kept = dropout_factors(settings, seed, tile, QUERY_BLOCK, KEY_BLOCK, by_keys)
         e, f = dropped(e, kept, settings), dropped(f, kept, settings)
         total += p * (t * (e - d[:, None]) + f - td[:, None])
     store_mask_tile(gradient, split, mask_batch, mask_head, first_row, first_column, total, QUERY_BLOCK, KEY_BLOCK)

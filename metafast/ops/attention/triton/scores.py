@@ -24,7 +24,7 @@ LOWEST = tl.constexpr(-2.3e38)
 
 class Tile(NamedTuple):
     """Where a tile of scores lies: the head, the first query and key, how many of each there are in all, rows and columns
-    of the tile (``rows_and_columns``), and for the batch the start of its masks (``mask_of``) and its seed (``seed_of``)."""
+    of the tile (``rows_and_columns``), and the start of the masks of the batch (``mask_of``)."""
 
     head: Any
     first_query: Any
@@ -34,7 +34,6 @@ class Tile(NamedTuple):
     rows: Any
     columns: Any
     mask: Any
-    seed: Any
 
 
 @triton.jit
@@ -171,7 +170,7 @@ def add_tangent_mask(t, tangent_mask, mask_start, tile):
 
 
 @triton.jit
-def dropout_factors(settings, tile, QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr, BY_KEYS: tl.constexpr):
+def dropout_factors(settings, seed, tile, QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr, BY_KEYS: tl.constexpr):
     """What dropout multiplies the weights of a tile by: its factor or zero. Without dropout a zero that nothing reads.
 
     The word of (head, row, column) is number column % 4 of Philox-4x32-10 at the counter (column // 4, row, head, 0) under
@@ -183,7 +182,7 @@ def dropout_factors(settings, tile, QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.con
     else:  # noqa: RET505 - Triton would compile what follows a return too
         quads = tile.first_key // 4 + tl.arange(0, KEY_BLOCK // 4)[None, :]
         rows = tile.first_query + tl.arange(0, QUERY_BLOCK)[:, None]
-        words = tl.philox(tile.seed, quads, rows, tile.head, 0)
+        words = tl.philox(seed, quads, rows, tile.head, 0)
         threshold = tl.cast(settings.dropout_threshold, tl.uint32)
         # Joined as bytes: the tile then changes its layout at a quarter of the cost.
         first, second = (words[0] >= threshold).to(tl.int8), (words[1] >= threshold).to(tl.int8)
@@ -197,7 +196,7 @@ def dropout_factors(settings, tile, QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.con
 
 @triton.jit
 def dropped(values, factors, settings):
-    """``values`` of a tile times ``dropout_factors``; the values themselves without dropout."""
+    """``values`` of a tile times what ``dropout_factors`` returns; the values themselves without dropout."""
     if settings.dropout_seeds is None:
         return values
     else:  # noqa: RET505 - Triton would compile what follows a return too
