@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from metafast.ops.attention import reference
+from metafast.ops.attention.options import Options, Told
 from metafast.testing import ATTENTION_CASES, AttentionCase
 
 CUDA = torch.cuda.is_available()
@@ -33,7 +34,7 @@ DEVICE = torch.device("cuda" if CUDA else "cpu")
 # besides: float32 results of a few terms are often exact in eager attention by luck.
 ALLOWED_RATIO = 2.0
 FLOOR = 1e-6
-NO_OPTIONS = (None, None, -1, -1, 0.0, 0.25)
+NO_OPTIONS = (None, None, Options(left=-1, right=-1, dropout_p=0.0, scale=0.25))
 NAMES = ("query", "key", "value", "mask")
 
 
@@ -179,7 +180,7 @@ class Call:
     tangents: tuple[Tensor, Tensor, Tensor]
     tangent_mask: Tensor | None
     tangent_grad_out: Tensor
-    options: tuple[Any, ...]
+    options: Told
     layout: str = "contiguous"
 
     @property
@@ -219,13 +220,8 @@ def call_of_layout(case: LayoutCase, dtype: torch.dtype, draw: int = 0) -> Call:
         offset = case.key_offset * torch.randn(case.head_dim)
         key, tangent_key = ((tensor + offset).to(dtype).double() for tensor in (key, tangent_key))
     mask = full_rank(None if case.mask is None else MASKS[case.mask](case), query.dim())
-    options = (
-        mask,
-        seeds_of(case.lead, case.dropout_p),
-        *case.window,
-        case.dropout_p,
-        case.scale or case.head_dim**-0.5,
-    )
+    numbers = Options(*case.window, case.dropout_p, case.scale or case.head_dim**-0.5)
+    options = (mask, seeds_of(case.lead, case.dropout_p), numbers)
     tangents = (tangent_query, tangent_key, tangent_value)
     return Call((query, key, value), grad_out, tangents, tangent_of(mask), tangent_grad_out, options, case.layout)
 
@@ -238,7 +234,7 @@ def call_of_shared(case: AttentionCase, dtype: torch.dtype, draw: int = 0) -> Ca
     if case.is_causal:
         right = 0
     scale = case.head_dim**-0.5 if case.scale is None else case.scale
-    options = (mask, seeds_of(case.lead, case.dropout_p), left, right, case.dropout_p, scale)
+    options = (mask, seeds_of(case.lead, case.dropout_p), Options(left, right, case.dropout_p, scale))
     tangent_grad_out = torch.randn(inputs.grad_out.shape).to(dtype).double()
     doubles = inputs.to(torch.float64)
     return Call(doubles.qkv, doubles.grad_out, doubles.tangents, tangent_of(mask), tangent_grad_out, options)
@@ -432,7 +428,7 @@ def test_dropout_drops_the_weights_that_the_reference_drops() -> None:
     seeds = torch.tensor([0, 2**63 - 1, 0x123456789ABCDEF])
     query, key = torch.zeros(3, 2, rows, 4), torch.zeros(3, 2, columns, 4)
     units, grad_out = (torch.eye(size).expand(3, 2, size, size).contiguous() for size in (columns, rows))
-    options = (None, seeds.to(DEVICE), -1, -1, probability, 1.0)
+    options = (None, seeds.to(DEVICE), Options(left=-1, right=-1, dropout_p=probability, scale=1.0))
     query, key, units, grad_out = (tensor.to(DEVICE) for tensor in (query, key, units, grad_out))
     out, statistics = kernels.forward(query, key, units, *options)
     keep = reference.keep_mask(seeds, 2, rows, columns, probability)
@@ -484,7 +480,7 @@ def test_masks_are_read_where_they_are(mask: str) -> None:
     """However far a mask is broadcast, the kernels read the caller's memory."""
     tensor = full_rank(MASKS[mask](LayoutCase("mask", 5, 9, lead=(2, 3), mask=mask)), 5)
     query, key = torch.zeros(2, 3, 2, 5, 4), torch.zeros(2, 3, 2, 9, 4)
-    described = Problem(query, key, key, tensor, None, -1, -1, 0.0, 1.0).mask
+    described = Problem(query, key, key, tensor, *NO_OPTIONS[1:]).mask
     assert described.pointer.data_ptr() == tensor.data_ptr()
 
 

@@ -9,7 +9,7 @@ from torch.func import grad, vmap
 
 import metafast
 from metafast.models import EncoderClassifier
-from metafast.ops.attention.triton import tuning
+from metafast.ops.attention.triton import tiles
 from metafast.testing import ATTENTION_CASES, relative_error, second_order
 
 pytestmark = pytest.mark.gpu
@@ -55,12 +55,12 @@ def test_measured_configurations_give_the_same(generator, tmp_path, monkeypatch)
     monkeypatch.setenv("METAFAST_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("METAFAST_AUTOTUNE", "0")
     expected = second_order(attention("fused"), inputs)
-    space = tuning.space
-    monkeypatch.setattr(tuning, "space", lambda *arguments: space(*arguments)[:4])
+    space = tiles.space
+    monkeypatch.setattr(tiles, "space", lambda *arguments: space(*arguments)[:4])
     monkeypatch.setenv("METAFAST_AUTOTUNE", "1")
     for name, value in second_order(attention("fused"), inputs).items():
         assert relative_error(value, expected[name]) < 1e-5, name
-    assert tuning.choices()
+    assert tiles.choices()
 
 
 @pytest.mark.parametrize("order", [1, 2])

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from metafast.ops.attention.triton import tuning
-from metafast.ops.attention.triton.config import Config, choose_config
+from metafast.ops.attention.triton import tiles
+from metafast.ops.attention.triton.tiles import Config
 
 SHARED_MEMORY = 227 * 1024  # of an H100, for one program
 KERNELS = [
@@ -38,26 +38,27 @@ print(json.dumps([row._asdict() for row in compile_kernels([90], [torch.bfloat16
 VARIANTS = {
     "grouped heads, additive mask of one leading dimension, causal, no tangents of mask and grad_out": """
         query, key, value = torch.zeros(2, 3, 4, 70, 64), torch.zeros(2, 3, 2, 50, 64), torch.zeros(2, 3, 2, 50, 16)
-        options, tangents = (torch.ones(1, 3, 1, 1, 50), None, -1, 0, 0.0, 1.0), (None, None)
+        options, tangents = (torch.ones(1, 3, 1, 1, 50), None, Options(-1, 0, 0.0, 1.0)), (None, None)
     """,
     "one key, width 1, additive mask of rows, window": """
         query, key, value = torch.zeros(1, 9, 1), torch.zeros(1, 1, 1), torch.zeros(1, 1, 1)
         mask = torch.zeros(1, 9, 1)
-        options, tangents = (mask, None, 3, 2, 0.0, 1.0), (mask, torch.zeros(1, 9, 1))
+        options, tangents = (mask, None, Options(3, 2, 0.0, 1.0)), (mask, torch.zeros(1, 9, 1))
     """,
     "dropout, one number for a mask, window": """
         query = key = value = torch.zeros(2, 2, 200, 64, dtype=torch.float16)
         mask, seeds = torch.zeros(1, 1, 1, 1), torch.zeros(2, dtype=torch.int64)
-        options, tangents = (mask, seeds, 30, 20, 0.7, 1.0), (mask, query)
+        options, tangents = (mask, seeds, Options(30, 20, 0.7, 1.0)), (mask, query)
     """,
     "boolean mask, dropout": """
         query = key = value = torch.zeros(2, 2, 40, 32, dtype=torch.bfloat16)
         mask, seeds = torch.ones(2, 1, 40, 40, dtype=torch.bool), torch.zeros(2, dtype=torch.int64)
-        options, tangents = (mask, seeds, -1, -1, 0.1, 1.0), (None, None)
+        options, tangents = (mask, seeds, Options(-1, -1, 0.1, 1.0)), (None, None)
     """,
 }
 COMPILE = """
 import json, torch
+from metafast.ops.attention.options import Options
 from metafast.ops.attention.triton import backward, backward_jvp, forward, mask_backward, mask_backward_jvp
 from metafast.ops.attention.triton.compile import compiling_for
 
@@ -121,7 +122,7 @@ def test_the_interpreter_cannot_compile() -> None:
     assert "RuntimeError: compile_kernels: expected TRITON_INTERPRET to be unset" in finished.stderr
 
 
-KEY = tuning.Key("NVIDIA H200", "3.6.0", "jvp_kernel", "bfloat16", "ieee", 64, 64, 1024, 1024, "right")
+KEY = tiles.Key("NVIDIA H200", "3.6.0", "jvp_kernel", "bfloat16", "ieee", 64, 64, 1024, 1024, "right")
 TABLE = Config(64, 64, 4, 2)
 
 
@@ -129,7 +130,7 @@ TABLE = Config(64, 64, 4, 2)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("METAFAST_CACHE_DIR", str(tmp_path))
     monkeypatch.delenv("METAFAST_AUTOTUNE", raising=False)
-    return tmp_path / tuning.FILE_NAME
+    return tmp_path / tiles.FILE_NAME
 
 
 class Clock:
@@ -143,30 +144,30 @@ class Clock:
         return float("inf") if config.num_stages == 3 else 1.0 / (config.query_block * config.key_block)
 
 
-def chosen(clock: Clock, key: tuning.Key = KEY) -> Config:
+def chosen(clock: Clock, key: tiles.Key = KEY) -> Config:
     def candidates() -> list[Config]:
-        return tuning.space(key.kernel, key.head_block, key.value_block, 2, SHARED_MEMORY, TABLE)
+        return tiles.space(key.kernel, key.head_block, key.value_block, 2, SHARED_MEMORY, TABLE)
 
-    return tuning.choose(TABLE, lambda: key, candidates, clock)
+    return tiles.choose(TABLE, lambda: key, candidates, clock)
 
 
 @pytest.mark.parametrize("kernel", [name for name in KERNELS if name != "delta_kernel"])
 @pytest.mark.parametrize("width", [16, 64, 128, 256])
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_a_space_begins_with_the_table_and_is_small(kernel: str, width: int, itemsize: int) -> None:
-    default = choose_config(kernel, width, itemsize, "ieee", (9, 0))
-    found = tuning.space(kernel, width, width, itemsize, SHARED_MEMORY, default)
+    default = tiles.table(kernel, width, itemsize, "ieee", (9, 0))
+    found = tiles.space(kernel, width, width, itemsize, SHARED_MEMORY, default)
     assert found[0] == default
     assert len(set(found)) == len(found) <= 37
 
 
 def test_a_space_leaves_out_what_cannot_fit() -> None:
-    wide = tuning.space("backward_jvp_key_kernel", 128, 128, 2, SHARED_MEMORY, TABLE)[1:]
+    wide = tiles.space("backward_jvp_key_kernel", 128, 128, 2, SHARED_MEMORY, TABLE)[1:]
     assert wide
     for config in wide:
         assert 2 * 512 * (config.key_block + config.num_stages * config.query_block) <= SHARED_MEMORY
         assert config.key_block * 256 <= 160 * 32 * config.num_warps
-    smaller = tuning.space("backward_jvp_key_kernel", 128, 128, 2, 99 * 1024, TABLE)[1:]
+    smaller = tiles.space("backward_jvp_key_kernel", 128, 128, 2, 99 * 1024, TABLE)[1:]
     assert set(smaller) < set(wide)
 
 
@@ -190,7 +191,7 @@ def test_the_fastest_is_measured_once_and_kept(cache: Path, monkeypatch: pytest.
     assert again.measured == []
     # A process that starts later finds the file; one that wants the table gets the table.
     monkeypatch.delenv("METAFAST_AUTOTUNE")
-    monkeypatch.setattr(tuning, "_files", {})
+    monkeypatch.setattr(tiles, "_files", {})
     assert chosen(again) == best
     assert chosen(again, KEY._replace(gpu="NVIDIA A100")) == TABLE
     monkeypatch.setenv("METAFAST_AUTOTUNE", "0")
@@ -200,17 +201,17 @@ def test_the_fastest_is_measured_once_and_kept(cache: Path, monkeypatch: pytest.
 
 def test_where_nothing_starts_the_table_stays() -> None:
     candidates = [TABLE, Config(32, 32, 4, 1)]
-    assert tuning.fastest(candidates, lambda config: float("inf")) == TABLE
+    assert tiles.fastest(candidates, lambda config: float("inf")) == TABLE
 
 
 def test_writers_keep_what_others_wrote(cache: Path) -> None:
-    first, second = tuning.Choices(cache), tuning.Choices(cache)
+    first, second = tiles.Choices(cache), tiles.Choices(cache)
     assert not first
     assert not second
     other = KEY._replace(kernel="forward_kernel")
     first.put(KEY, TABLE)
     second.put(other, TABLE)
-    assert tuning.Choices(cache).get(KEY) == tuning.Choices(cache).get(other) == TABLE
+    assert tiles.Choices(cache).get(KEY) == tiles.Choices(cache).get(other) == TABLE
 
 
 @pytest.mark.parametrize(
@@ -218,12 +219,12 @@ def test_writers_keep_what_others_wrote(cache: Path) -> None:
 )
 def test_a_corrupt_file_is_ignored_with_a_warning(cache: Path, content: str) -> None:
     cache.write_text(content)
-    unread = tuning.Choices(cache)
+    unread = tiles.Choices(cache)
     with pytest.warns(UserWarning, match="ignored, the table decides instead"):
         assert unread.get(KEY) is None
     with pytest.warns(UserWarning, match="ignored"):
         unread.put(KEY, TABLE)
-    assert tuning.Choices(cache).get(KEY) == TABLE
+    assert tiles.Choices(cache).get(KEY) == TABLE
 
 
 def test_an_unknown_mode_is_refused(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,4 +235,4 @@ def test_an_unknown_mode_is_refused(cache: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize(("length", "expected"), [(1, 64), (64, 64), (65, 128), (1000, 1024), (10**6, 16384)])
 def test_lengths_are_told_apart_by_powers_of_two(length: int, expected: int) -> None:
-    assert tuning.bucket(length) == expected
+    assert tiles.bucket(length) == expected

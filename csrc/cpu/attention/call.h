@@ -56,12 +56,11 @@ inline Output output_with_plain_rows(const Tensor& given) { return {given, rows_
 // What all passes read.
 class Call {
  public:
-  Call(const Tensor& query_, const Tensor& key_, const Tensor& value_, const std::optional<Tensor>& attn_mask,
-       const std::optional<Tensor>& seeds, int64_t left, int64_t right, double dropout_p, double scale)
-      : query(rows_as_read(query_)), key(rows_as_read(key_)), value(rows_as_read(value_)), left_(left), right_(right),
-        dropout_p_(dropout_p), scale_(scale), bfloat16_(query_.scalar_type() == ScalarType::BFloat16) {
-    if (attn_mask) mask_.emplace(as_read(*attn_mask));
-    if (seeds) seeds_.emplace(torch::stable::contiguous(*seeds));
+  Call(const Tensor& query_, const Tensor& key_, const Tensor& value_, const Options& options)
+      : query(rows_as_read(query_)), key(rows_as_read(key_)), value(rows_as_read(value_)), options_(options),
+        is_bfloat16_(query_.scalar_type() == ScalarType::BFloat16) {
+    if (options.attn_mask) options_.attn_mask.emplace(as_read(*options.attn_mask));
+    if (options.seeds) options_.seeds.emplace(torch::stable::contiguous(*options.seeds));
   }
 
   const Tensor query, key, value;
@@ -69,19 +68,16 @@ class Call {
   // Calls body(problem), whose template argument is the type that is computed in.
   template <typename Body>
   void with_problem(Body body) const {
-    const Options options{mask_, seeds_, left_, right_, dropout_p_, scale_, bfloat16_};
     switch (query.scalar_type()) {
-      case ScalarType::Float: return body(Problem<float>(query, key, value, options));
-      case ScalarType::Double: return body(Problem<double>(query, key, value, options));
+      case ScalarType::Float: return body(Problem<float>(query, key, value, options_, is_bfloat16_));
+      case ScalarType::Double: return body(Problem<double>(query, key, value, options_, is_bfloat16_));
       default: throw std::runtime_error("metafast attention (CPU): expected float16, bfloat16, float32 or float64");
     }
   }
 
  private:
-  std::optional<Tensor> mask_, seeds_;
-  int64_t left_, right_;
-  double dropout_p_, scale_;
-  bool bfloat16_;
+  Options options_;
+  bool is_bfloat16_;
 };
 
 // The directions of a derivative, as tensors.

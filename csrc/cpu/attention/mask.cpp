@@ -97,46 +97,36 @@ Tensor gradient_like(const Tensor& mask) {
 
 }  // namespace
 
-void attention_mask_backward_out(
-    const Tensor& grad_out_, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor&,
-    const Tensor& statistics_, const std::optional<Tensor>& attn_mask, const std::optional<Tensor>& seeds, int64_t left,
-    int64_t right, double dropout_p, double scale, const Tensor& grad_mask) {
-  const Call call(query, key, value, attn_mask, seeds, left, right, dropout_p, scale);
+Results<1> attention_mask_backward(
+    const Given<1>& given, const Options& options, const Tensor& grad_out_, const Tensor& query, const Tensor& key,
+    const Tensor& value, const Tensor&, const Tensor& statistics_) {
+  Results<1> results = given ? *given : Results<1>{gradient_like(*options.attn_mask)};
+  const Call call(query, key, value, options);
   const Tensor grad_out = rows_as_read(grad_out_), statistics = torch::stable::contiguous(statistics_);
-  const Output sums = sums_for(grad_mask);
+  const Output sums = sums_for(results[0]);
   call.with_problem([&](const auto& problem) {
     using T = typename std::decay_t<decltype(problem)>::Element;
     const Matrices<const T> g(grad_out, problem.lead);
     const std::vector<Packed<T>> keys{{&problem.k, problem.depth, in_blocks}, {&problem.v, problem.value_depth, in_blocks}};
-    sum_to_mask(problem, *attn_mask, static_cast<T*>(sums.tensor.data_ptr()), 2, keys, [&](const Panel& panel, const Scratch<T>& scratch) {
+    sum_to_mask(problem, *options.attn_mask, static_cast<T*>(sums.tensor.data_ptr()), 2, keys, [&](const Panel& panel, const Scratch<T>& scratch) {
       score_gradients(problem, panel, data<T>(statistics), rows_of(g, panel), scratch);
       return scratch[gradients];
     });
   });
   sums.give();
+  return results;
 }
 
-Tensor attention_mask_backward(
-    const Tensor& grad_out, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& out,
-    const Tensor& statistics, const std::optional<Tensor>& attn_mask, const std::optional<Tensor>& seeds, int64_t left,
-    int64_t right, double dropout_p, double scale) {
-  const Tensor grad_mask = gradient_like(*attn_mask);
-  attention_mask_backward_out(grad_out, query, key, value, out, statistics, attn_mask, seeds, left, right, dropout_p, scale,
-                              grad_mask);
-  return grad_mask;
-}
-
-void attention_mask_backward_jvp_out(
-    const Tensor& grad_out_, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor&,
-    const Tensor& statistics_, const Tensor& tangent_query, const Tensor& tangent_key, const Tensor& tangent_value,
-    const std::optional<Tensor>& tangent_mask, const std::optional<Tensor>& tangent_grad_out_,
-    const std::optional<Tensor>& attn_mask, const std::optional<Tensor>& seeds, int64_t left, int64_t right,
-    double dropout_p, double scale, const Tensor& tangent_grad_mask) {
-  const Call call(query, key, value, attn_mask, seeds, left, right, dropout_p, scale);
+Results<1> attention_mask_backward_jvp(
+    const Given<1>& given, const Options& options, const Tensor& grad_out_, const Tensor& query, const Tensor& key,
+    const Tensor& value, const Tensor&, const Tensor& statistics_, const Tensor& tangent_query, const Tensor& tangent_key,
+    const Tensor& tangent_value, const std::optional<Tensor>& tangent_mask, const std::optional<Tensor>& tangent_grad_out_) {
+  Results<1> results = given ? *given : Results<1>{gradient_like(*options.attn_mask)};
+  const Call call(query, key, value, options);
   const TangentTensors tangents(tangent_query, tangent_key, tangent_value, tangent_mask);
   const Tensor grad_out = rows_as_read(grad_out_), statistics = torch::stable::contiguous(statistics_);
   const std::optional<Tensor> tangent_grad_out = rows_as_read(tangent_grad_out_);
-  const Output sums = sums_for(tangent_grad_mask);
+  const Output sums = sums_for(results[0]);
   call.with_problem([&](const auto& problem) {
     using T = typename std::decay_t<decltype(problem)>::Element;
     const Matrices<const T> g(grad_out, problem.lead);
@@ -145,7 +135,7 @@ void attention_mask_backward_jvp_out(
     const Tangents<T> tangent = tangents.read<T>(problem);
     const std::vector<Packed<T>> keys{{&problem.k, problem.depth, in_blocks}, {&problem.v, problem.value_depth, in_blocks},
                                       {&tangent.k, problem.depth, in_blocks}, {&tangent.v, problem.value_depth, in_blocks}};
-    sum_to_mask(problem, *attn_mask, static_cast<T*>(sums.tensor.data_ptr()), 4, keys, [&](const Panel& panel, const Scratch<T>& scratch) {
+    sum_to_mask(problem, *options.attn_mask, static_cast<T*>(sums.tensor.data_ptr()), 4, keys, [&](const Panel& panel, const Scratch<T>& scratch) {
       std::optional<Operand<const T>> tangent_g_rows;
       if (tangent_g) tangent_g_rows = rows_of(*tangent_g, panel);
       tangent_score_gradients(problem, tangent, panel, data<T>(statistics), rows_of(g, panel), tangent_g_rows, scratch);
@@ -153,26 +143,15 @@ void attention_mask_backward_jvp_out(
     });
   });
   sums.give();
-}
-
-Tensor attention_mask_backward_jvp(
-    const Tensor& grad_out, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& out,
-    const Tensor& statistics, const Tensor& tangent_query, const Tensor& tangent_key, const Tensor& tangent_value,
-    const std::optional<Tensor>& tangent_mask, const std::optional<Tensor>& tangent_grad_out,
-    const std::optional<Tensor>& attn_mask, const std::optional<Tensor>& seeds, int64_t left, int64_t right,
-    double dropout_p, double scale) {
-  const Tensor tangent_grad_mask = gradient_like(*attn_mask);
-  attention_mask_backward_jvp_out(grad_out, query, key, value, out, statistics, tangent_query, tangent_key, tangent_value,
-                                  tangent_mask, tangent_grad_out, attn_mask, seeds, left, right, dropout_p, scale,
-                                  tangent_grad_mask);
-  return tangent_grad_mask;
+  return results;
 }
 
 }  // namespace metafast
 
 STABLE_TORCH_LIBRARY_IMPL(metafast, CPU, library) {
-  library.impl("attention_mask_backward", TORCH_BOX(&metafast::attention_mask_backward));
-  library.impl("attention_mask_backward.out", TORCH_BOX(&metafast::attention_mask_backward_out));
-  library.impl("attention_mask_backward_jvp", TORCH_BOX(&metafast::attention_mask_backward_jvp));
-  library.impl("attention_mask_backward_jvp.out", TORCH_BOX(&metafast::attention_mask_backward_jvp_out));
+  using namespace metafast;
+  library.impl("attention_mask_backward", TORCH_BOX(&Forms<&attention_mask_backward>::made));
+  library.impl("attention_mask_backward.out", TORCH_BOX(Forms<&attention_mask_backward>::out));
+  library.impl("attention_mask_backward_jvp", TORCH_BOX(&Forms<&attention_mask_backward_jvp>::made));
+  library.impl("attention_mask_backward_jvp.out", TORCH_BOX(Forms<&attention_mask_backward_jvp>::out));
 }

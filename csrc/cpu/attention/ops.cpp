@@ -83,41 +83,36 @@ void backward_jvp(const Problem<T>& problem, const T* statistics, Matrices<const
   });
 }
 
+// An output for the statistics of the rows of a query.
+Tensor statistics_of(const Tensor& query) {
+  std::vector<int64_t> sizes(query.sizes().begin(), query.sizes().end());
+  sizes.back() = 2;
+  return torch::stable::new_empty(query, sizes, query.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float);
+}
+
 }  // namespace
 
-void attention_forward_out(
-    const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& attn_mask,
-    const std::optional<Tensor>& seeds, int64_t left, int64_t right, double dropout_p, double scale, const Tensor& out_,
-    const Tensor& statistics_) {
-  const Call call(query, key, value, attn_mask, seeds, left, right, dropout_p, scale);
-  const Output out = output_with_plain_rows(out_), statistics = contiguous_output(statistics_);
+Results<2> attention_forward(
+    const Given<2>& given, const Options& options, const Tensor& query, const Tensor& key, const Tensor& value) {
+  Results<2> results = given ? *given : Results<2>{output_like(query, value.size(value.dim() - 1)), statistics_of(query)};
+  const Call call(query, key, value, options);
+  const Output out = output_with_plain_rows(results[0]), statistics = contiguous_output(results[1]);
   call.with_problem([&](const auto& problem) {
     using T = typename std::decay_t<decltype(problem)>::Element;
     forward(problem, Matrices<T>(out.tensor, problem.lead), static_cast<T*>(statistics.tensor.data_ptr()));
   });
   for (const Output* output : {&out, &statistics}) output->give();
+  return results;
 }
 
-std::tuple<Tensor, Tensor> attention_forward(
-    const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& attn_mask,
-    const std::optional<Tensor>& seeds, int64_t left, int64_t right, double dropout_p, double scale) {
-  const Tensor out = output_like(query, value.size(value.dim() - 1));
-  std::vector<int64_t> sizes(query.sizes().begin(), query.sizes().end());
-  sizes.back() = 2;
-  const ScalarType type = query.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  const Tensor statistics = torch::stable::new_empty(query, sizes, type);
-  attention_forward_out(query, key, value, attn_mask, seeds, left, right, dropout_p, scale, out, statistics);
-  return {out, statistics};
-}
-
-void attention_backward_out(
-    const Tensor& grad_out_, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor&,
-    const Tensor& statistics_, const std::optional<Tensor>& attn_mask, const std::optional<Tensor>& seeds, int64_t left,
-    int64_t right, double dropout_p, double scale, const Tensor& grad_query_, const Tensor& grad_key_, const Tensor& grad_value_) {
-  const Call call(query, key, value, attn_mask, seeds, left, right, dropout_p, scale);
+Results<3> attention_backward(
+    const Given<3>& given, const Options& options, const Tensor& grad_out_, const Tensor& query, const Tensor& key,
+    const Tensor& value, const Tensor&, const Tensor& statistics_) {
+  Results<3> results = given ? *given : Results<3>{output_like(query), output_like(key), output_like(value)};
+  const Call call(query, key, value, options);
   const Tensor grad_out = rows_as_read(grad_out_), statistics = torch::stable::contiguous(statistics_);
-  const Output grad_query = output_with_plain_rows(grad_query_), grad_key = output_with_plain_rows(grad_key_);
-  const Output grad_value = output_with_plain_rows(grad_value_);
+  const Output grad_query = output_with_plain_rows(results[0]), grad_key = output_with_plain_rows(results[1]);
+  const Output grad_value = output_with_plain_rows(results[2]);
   call.with_problem([&](const auto& problem) {
     using T = typename std::decay_t<decltype(problem)>::Element;
     const auto& lead = problem.lead;
@@ -125,58 +120,37 @@ void attention_backward_out(
              KeySums<T>{Matrices<T>(grad_key.tensor, lead), Matrices<T>(grad_value.tensor, lead)});
   });
   for (const Output* output : {&grad_query, &grad_key, &grad_value}) output->give();
+  return results;
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_backward(
-    const Tensor& grad_out, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& out,
-    const Tensor& statistics, const std::optional<Tensor>& attn_mask, const std::optional<Tensor>& seeds, int64_t left,
-    int64_t right, double dropout_p, double scale) {
-  const Tensor grad_query = output_like(query), grad_key = output_like(key), grad_value = output_like(value);
-  attention_backward_out(grad_out, query, key, value, out, statistics, attn_mask, seeds, left, right, dropout_p, scale,
-                         grad_query, grad_key, grad_value);
-  return {grad_query, grad_key, grad_value};
-}
-
-void attention_jvp_out(
-    const Tensor& query, const Tensor& key, const Tensor& value, const Tensor&, const Tensor& statistics_,
-    const Tensor& tangent_query, const Tensor& tangent_key, const Tensor& tangent_value,
-    const std::optional<Tensor>& tangent_mask, const std::optional<Tensor>& attn_mask, const std::optional<Tensor>& seeds,
-    int64_t left, int64_t right, double dropout_p, double scale, const Tensor& tangent_out_) {
-  const Call call(query, key, value, attn_mask, seeds, left, right, dropout_p, scale);
+Results<1> attention_jvp(
+    const Given<1>& given, const Options& options, const Tensor& query, const Tensor& key, const Tensor& value,
+    const Tensor& out, const Tensor& statistics_, const Tensor& tangent_query, const Tensor& tangent_key,
+    const Tensor& tangent_value, const std::optional<Tensor>& tangent_mask) {
+  Results<1> results = given ? *given : Results<1>{output_like(out)};
+  const Call call(query, key, value, options);
   const TangentTensors tangents(tangent_query, tangent_key, tangent_value, tangent_mask);
   const Tensor statistics = torch::stable::contiguous(statistics_);
-  const Output tangent_out = output_with_plain_rows(tangent_out_);
+  const Output tangent_out = output_with_plain_rows(results[0]);
   call.with_problem([&](const auto& problem) {
     using T = typename std::decay_t<decltype(problem)>::Element;
     jvp(problem, data<T>(statistics), tangents.read<T>(problem), Matrices<T>(tangent_out.tensor, problem.lead));
   });
   tangent_out.give();
+  return results;
 }
 
-Tensor attention_jvp(
-    const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& out, const Tensor& statistics,
-    const Tensor& tangent_query, const Tensor& tangent_key, const Tensor& tangent_value,
-    const std::optional<Tensor>& tangent_mask, const std::optional<Tensor>& attn_mask, const std::optional<Tensor>& seeds,
-    int64_t left, int64_t right, double dropout_p, double scale) {
-  const Tensor tangent_out = output_like(out);
-  attention_jvp_out(query, key, value, out, statistics, tangent_query, tangent_key, tangent_value, tangent_mask, attn_mask, seeds,
-                    left, right, dropout_p, scale, tangent_out);
-  return tangent_out;
-}
-
-void attention_backward_jvp_out(
-    const Tensor& grad_out_, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor&,
-    const Tensor& statistics_, const Tensor& tangent_query, const Tensor& tangent_key, const Tensor& tangent_value,
-    const std::optional<Tensor>& tangent_mask, const std::optional<Tensor>& tangent_grad_out_,
-    const std::optional<Tensor>& attn_mask, const std::optional<Tensor>& seeds, int64_t left, int64_t right,
-    double dropout_p, double scale, const Tensor& tangent_out_, const Tensor& tangent_grad_query_,
-    const Tensor& tangent_grad_key_, const Tensor& tangent_grad_value_) {
-  const Call call(query, key, value, attn_mask, seeds, left, right, dropout_p, scale);
+Results<4> attention_backward_jvp(
+    const Given<4>& given, const Options& options, const Tensor& grad_out_, const Tensor& query, const Tensor& key,
+    const Tensor& value, const Tensor& out, const Tensor& statistics_, const Tensor& tangent_query, const Tensor& tangent_key,
+    const Tensor& tangent_value, const std::optional<Tensor>& tangent_mask, const std::optional<Tensor>& tangent_grad_out_) {
+  Results<4> results = given ? *given : Results<4>{output_like(out), output_like(query), output_like(key), output_like(value)};
+  const Call call(query, key, value, options);
   const TangentTensors tangents(tangent_query, tangent_key, tangent_value, tangent_mask);
   const Tensor grad_out = rows_as_read(grad_out_), statistics = torch::stable::contiguous(statistics_);
   const std::optional<Tensor> tangent_grad_out = rows_as_read(tangent_grad_out_);
-  const Output tangent_out = output_with_plain_rows(tangent_out_), tangent_grad_query = output_with_plain_rows(tangent_grad_query_);
-  const Output tangent_grad_key = output_with_plain_rows(tangent_grad_key_), tangent_grad_value = output_with_plain_rows(tangent_grad_value_);
+  const Output tangent_out = output_with_plain_rows(results[0]), tangent_grad_query = output_with_plain_rows(results[1]);
+  const Output tangent_grad_key = output_with_plain_rows(results[2]), tangent_grad_value = output_with_plain_rows(results[3]);
   call.with_problem([&](const auto& problem) {
     using T = typename std::decay_t<decltype(problem)>::Element;
     const auto& lead = problem.lead;
@@ -187,31 +161,19 @@ void attention_backward_jvp_out(
                  KeySums<T>{Matrices<T>(tangent_grad_key.tensor, lead), Matrices<T>(tangent_grad_value.tensor, lead)});
   });
   for (const Output* output : {&tangent_out, &tangent_grad_query, &tangent_grad_key, &tangent_grad_value}) output->give();
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward_jvp(
-    const Tensor& grad_out, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& out,
-    const Tensor& statistics, const Tensor& tangent_query, const Tensor& tangent_key, const Tensor& tangent_value,
-    const std::optional<Tensor>& tangent_mask, const std::optional<Tensor>& tangent_grad_out,
-    const std::optional<Tensor>& attn_mask, const std::optional<Tensor>& seeds, int64_t left, int64_t right,
-    double dropout_p, double scale) {
-  const Tensor tangent_out = output_like(out), tangent_grad_query = output_like(query);
-  const Tensor tangent_grad_key = output_like(key), tangent_grad_value = output_like(value);
-  attention_backward_jvp_out(grad_out, query, key, value, out, statistics, tangent_query, tangent_key, tangent_value, tangent_mask,
-                             tangent_grad_out, attn_mask, seeds, left, right, dropout_p, scale, tangent_out, tangent_grad_query,
-                             tangent_grad_key, tangent_grad_value);
-  return {tangent_out, tangent_grad_query, tangent_grad_key, tangent_grad_value};
+  return results;
 }
 
 }  // namespace metafast
 
 STABLE_TORCH_LIBRARY_IMPL(metafast, CPU, library) {
-  library.impl("attention_forward", TORCH_BOX(&metafast::attention_forward));
-  library.impl("attention_forward.out", TORCH_BOX(&metafast::attention_forward_out));
-  library.impl("attention_backward", TORCH_BOX(&metafast::attention_backward));
-  library.impl("attention_backward.out", TORCH_BOX(&metafast::attention_backward_out));
-  library.impl("attention_jvp", TORCH_BOX(&metafast::attention_jvp));
-  library.impl("attention_jvp.out", TORCH_BOX(&metafast::attention_jvp_out));
-  library.impl("attention_backward_jvp", TORCH_BOX(&metafast::attention_backward_jvp));
-  library.impl("attention_backward_jvp.out", TORCH_BOX(&metafast::attention_backward_jvp_out));
+  using namespace metafast;
+  library.impl("attention_forward", TORCH_BOX(&Forms<&attention_forward>::made));
+  library.impl("attention_forward.out", TORCH_BOX(Forms<&attention_forward>::out));
+  library.impl("attention_backward", TORCH_BOX(&Forms<&attention_backward>::made));
+  library.impl("attention_backward.out", TORCH_BOX(Forms<&attention_backward>::out));
+  library.impl("attention_jvp", TORCH_BOX(&Forms<&attention_jvp>::made));
+  library.impl("attention_jvp.out", TORCH_BOX(Forms<&attention_jvp>::out));
+  library.impl("attention_backward_jvp", TORCH_BOX(&Forms<&attention_backward_jvp>::made));
+  library.impl("attention_backward_jvp.out", TORCH_BOX(Forms<&attention_backward_jvp>::out));
 }

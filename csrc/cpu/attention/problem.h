@@ -73,9 +73,10 @@ template <typename T>
 struct Problem {
   using Element = T;
 
-  Problem(const Tensor& query, const Tensor& key, const Tensor& value, const Options& options)
+  // Where the inputs were bfloat16, products may round what they multiply to that type.
+  Problem(const Tensor& query, const Tensor& key, const Tensor& value, const Options& options, bool is_bfloat16)
       : lead(query.sizes().begin(), query.sizes().end() - 3), q(query, lead), k(key, lead), v(value, lead),
-        products(products_for<T>(options.bfloat16, query.size(query.dim() - 1), value.size(value.dim() - 1))),
+        products(products_for<T>(is_bfloat16, query.size(query.dim() - 1), value.size(value.dim() - 1))),
         left(options.left), right(options.right), scale(T(options.scale)) {
     const int64_t rank = query.dim();
     for (int64_t size : lead) batches *= size;

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from metafast.backend import constant_when_compiled, resolve_backend
 from metafast.ops.attention import autograd, reference
+from metafast.ops.attention.options import Options, shared_options
 from metafast.ops.attention.shapes import aligned
 from metafast.ops.attention.validation import WindowSize, check_arguments, checked_window, reasons_against_fused
 
@@ -79,7 +80,8 @@ def scaled_dot_product_attention(
         return (query.sum() + key.sum() + value.sum()).expand(*query.shape[:-1], value.shape[-1])
     seeds = torch.randint(_LAST_SEED, lead, device=query.device) if dropout_p > 0.0 else None
     function = autograd.attention if fused else reference.attention
-    out = function(query, key, value, attn_mask, seeds, left, right, dropout_p, scale)
+    make_options = Options if torch.compiler.is_compiling() else shared_options
+    out = function(query, key, value, attn_mask, seeds, make_options(left, right, dropout_p, scale))
     return out[0] if matrices else out
 
 

@@ -18,60 +18,41 @@ import torch
 from torch import Tensor
 
 from metafast.ops.attention.library import load_kernels
+from metafast.ops.attention.options import Told, to_op
 from metafast.ops.functions import Function, all_batched, batched, save
 
 _ops = torch.ops.metafast
 
 
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    seeds: Tensor | None,
-    left: int,
-    right: int,
-    dropout_p: float,
-    scale: float,
-) -> Tensor:
+def attention(query: Tensor, key: Tensor, value: Tensor, *told: *Told) -> Tensor:
     """Fused attention of checked arguments, as ``reference.attention``.
 
     Leading dimensions are equal, but those of ``attn_mask`` may be 1, as may its others.
     """
     load_kernels()
-    options = (attn_mask, seeds, left, right, dropout_p, scale)
     if torch.compiler.is_compiling():
-        return _ops.attention_forward(query, key, value, *options)[0]
-    return Attention.apply(query, key, value, *options)[0]
+        return _ops.attention_forward(query, key, value, *to_op(told))[0]
+    return Attention.apply(query, key, value, *told)[0]
 
 
 class Attention(Function):
     @staticmethod
-    def forward(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None,
-        seeds: Tensor | None,
-        left: int,
-        right: int,
-        dropout_p: float,
-        scale: float,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(query: Tensor, key: Tensor, value: Tensor, *told: *Told) -> tuple[Tensor, Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
-            return _ops.attention_forward(query, key, value, attn_mask, seeds, left, right, dropout_p, scale)
+            return _ops.attention_forward(query, key, value, *to_op(told))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        query, key, value, attn_mask, seeds, *ctx.numbers = inputs
+        query, key, value, *tensors, ctx.options = inputs
         ctx.mark_non_differentiable(output[1])
-        save(ctx, query, key, value, *output, attn_mask, seeds)
+        save(ctx, query, key, value, *output, *tensors)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor, grad_statistics: Tensor) -> tuple[Tensor | None, ...]:
+        saved, told = _saved_as_numbers(ctx)
         by_mask = ctx.needs_input_grad[3]
-        grads = AttentionBackward.apply(grad_out, *_saved_as_numbers(ctx), *ctx.numbers, by_mask)
-        return (*grads[:3], grads[3] if by_mask else None, *(None,) * 5)
+        grads = AttentionBackward.apply(by_mask, grad_out, *saved, *told)
+        return (*grads[:3], grads[3] if by_mask else None, *_none_but_the_mask(told))
 
     @staticmethod
     def jvp(
@@ -82,9 +63,9 @@ class Attention(Function):
         tangent_mask: Tensor | None,
         *_: Any,
     ) -> tuple[Tensor, None]:
-        *saved, attn_mask, seeds = _saved_as_numbers(ctx)
-        tangents = (tangent_query, tangent_key, tangent_value, _of_additive(attn_mask, tangent_mask))
-        return AttentionJvp.apply(*saved, *tangents, attn_mask, seeds, *ctx.numbers), None
+        saved, told = _saved_as_numbers(ctx)
+        tangents = (tangent_query, tangent_key, tangent_value, _of_additive(told[0], tangent_mask))
+        return AttentionJvp.apply(*saved, *tangents, *told), None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
@@ -96,42 +77,37 @@ class AttentionBackward(Function):
 
     @staticmethod
     def forward(
+        by_mask: bool,
         grad_out: Tensor,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         out: Tensor,
         statistics: Tensor,
-        attn_mask: Tensor | None,
-        seeds: Tensor | None,
-        left: int,
-        right: int,
-        dropout_p: float,
-        scale: float,
-        by_mask: bool,
+        *told: *Told,
     ) -> tuple[Tensor, ...]:
-        saved = (grad_out, query, key, value, out, statistics)
-        options = (attn_mask, seeds, left, right, dropout_p, scale)
-        grads = _ops.attention_backward(*saved, *options)
-        return (*grads, _ops.attention_mask_backward(*saved, *options)) if by_mask else grads
+        arguments = (grad_out, query, key, value, out, statistics, *to_op(told))
+        grads = _ops.attention_backward(*arguments)
+        return (*grads, _ops.attention_mask_backward(*arguments)) if by_mask else grads
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        tensors, (*ctx.numbers, ctx.by_mask) = inputs[:8], inputs[8:]
+        ctx.by_mask, *tensors, ctx.options = inputs
         save(ctx, *tensors)
 
     @staticmethod
     def backward(ctx: Any, *tangents: Tensor) -> tuple[Tensor | None, ...]:
-        *saved, attn_mask, seeds = ctx.saved_tensors
-        tangent_mask = tangents[3] if ctx.by_mask else None
-        directions = (*tangents[:3], tangent_mask, None)
+        saved, told = _saved(ctx, 6)
+        directions = (*tangents[:3], tangents[3] if ctx.by_mask else None, None)
         # The mask's share is symmetric: it is wanted where its gradient was.
-        grads = AttentionBackwardJvp.apply(*saved, *directions, attn_mask, seeds, *ctx.numbers, ctx.by_mask)
-        return (*grads[:4], None, None, grads[4] if ctx.by_mask else None, *(None,) * 6)
+        grads = AttentionBackwardJvp.apply(ctx.by_mask, *saved, *directions, *told)
+        by_mask = grads[4] if ctx.by_mask else None
+        return (None, *grads[:4], None, None, by_mask, *_none_but_the_mask(told))
 
     @staticmethod
     def jvp(
         ctx: Any,
+        _by_mask: None,
         tangent_grad_out: Tensor,
         tangent_query: Tensor,
         tangent_key: Tensor,
@@ -141,14 +117,14 @@ class AttentionBackward(Function):
         tangent_mask: Tensor | None,
         *_: Any,
     ) -> tuple[Tensor, ...]:
-        *saved, attn_mask, seeds = ctx.saved_tensors
-        mask = _of_additive(attn_mask, tangent_mask)
+        saved, told = _saved(ctx, 6)
+        mask = _of_additive(told[0], tangent_mask)
         directions = (tangent_query, tangent_key, tangent_value, mask, tangent_grad_out)
-        return AttentionBackwardJvp.apply(*saved, *directions, attn_mask, seeds, *ctx.numbers, ctx.by_mask)[1:]
+        return AttentionBackwardJvp.apply(ctx.by_mask, *saved, *directions, *told)[1:]
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        return all_batched(AttentionBackward.apply(*batched(info, in_dims, inputs, unexpanded=_unless(inputs[-1], 6))))
+        return all_batched(AttentionBackward.apply(*batched(info, in_dims, inputs, unexpanded=_unless(inputs[0], 7))))
 
 
 class AttentionJvp(Function):
@@ -163,33 +139,26 @@ class AttentionJvp(Function):
         tangent_key: Tensor,
         tangent_value: Tensor,
         tangent_mask: Tensor | None,
-        attn_mask: Tensor | None,
-        seeds: Tensor | None,
-        left: int,
-        right: int,
-        dropout_p: float,
-        scale: float,
+        *told: *Told,
     ) -> Tensor:
         tangents = (tangent_query, tangent_key, tangent_value, tangent_mask)
-        options = (attn_mask, seeds, left, right, dropout_p, scale)
-        return _ops.attention_jvp(query, key, value, out, statistics, *tangents, *options)
+        return _ops.attention_jvp(query, key, value, out, statistics, *tangents, *to_op(told))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.numbers = inputs[11:]
-        save(ctx, *inputs[:11])
+        *tensors, ctx.options = inputs
+        save(ctx, *tensors)
 
     @staticmethod
     def backward(ctx: Any, grad_tangent: Tensor) -> tuple[Tensor | None, ...]:
         # <grad_tangent, J t> is linear in the directions t, so their gradient is the ordinary backward; by query, key
         # value and mask it is the derivative of that backward in the directions t.
-        *saved, tangent_query, tangent_key, tangent_value, tangent_mask, attn_mask, seeds = ctx.saved_tensors
-        options = (attn_mask, seeds, *ctx.numbers)
-        by_mask = tangent_mask is not None
-        by_tangents = AttentionBackward.apply(grad_tangent, *saved, *options, by_mask)
-        directions = (tangent_query, tangent_key, tangent_value, tangent_mask, None)
+        tensors, told = _saved(ctx, 9)
+        saved, tangents = tensors[:5], tensors[5:]
+        by_mask = tangents[3] is not None
+        by_tangents = AttentionBackward.apply(by_mask, grad_tangent, *saved, *told)
         by_mask_too = ctx.needs_input_grad[9]
-        by_inputs = AttentionBackwardJvp.apply(grad_tangent, *saved, *directions, *options, by_mask_too)[1:]
+        by_inputs = AttentionBackwardJvp.apply(by_mask_too, grad_tangent, *saved, *tangents, None, *told)[1:]
         return (
             *by_inputs[:3],
             None,
@@ -197,7 +166,7 @@ class AttentionJvp(Function):
             *by_tangents[:3],
             by_tangents[3] if by_mask else None,
             by_inputs[3] if by_mask_too else None,
-            *(None,) * 5,
+            *_none_but_the_mask(told),
         )
 
     @staticmethod
@@ -215,6 +184,7 @@ class AttentionBackwardJvp(Function):
 
     @staticmethod
     def forward(
+        by_mask: bool,
         grad_out: Tensor,
         query: Tensor,
         key: Tensor,
@@ -226,44 +196,36 @@ class AttentionBackwardJvp(Function):
         tangent_value: Tensor,
         tangent_mask: Tensor | None,
         tangent_grad_out: Tensor | None,
-        attn_mask: Tensor | None,
-        seeds: Tensor | None,
-        left: int,
-        right: int,
-        dropout_p: float,
-        scale: float,
-        by_mask: bool,
+        *told: *Told,
     ) -> tuple[Tensor, ...]:
         saved = (grad_out, query, key, value, out, statistics)
         tangents = (tangent_query, tangent_key, tangent_value, tangent_mask, tangent_grad_out)
-        arguments = (*saved, *tangents, attn_mask, seeds, left, right, dropout_p, scale)
+        arguments = (*saved, *tangents, *to_op(told))
         results = _ops.attention_backward_jvp(*arguments)
         return (*results, _ops.attention_mask_backward_jvp(*arguments)) if by_mask else results
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *ctx.numbers, ctx.by_mask = inputs[13:]
+        ctx.by_mask, *tensors, ctx.options = inputs
         ctx.is_tensor = [isinstance(value, Tensor) for value in inputs]
-        ctx.save_for_backward(*inputs[:6], *inputs[11:13])
+        ctx.save_for_backward(*tensors[:6], *tensors[11:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         # Linear in the tangents, and symmetric: their gradients are the same pass in the direction of the cotangents.
-        if any(_is_wanted(ctx, position) for position in (*range(4), 11)):
+        if any(_is_wanted(ctx, position) for position in (*range(1, 5), 12)):
             _raise_third_order()
-        *saved, attn_mask, seeds = ctx.saved_tensors
+        saved, told = _saved(ctx, 6)
         grad_out, query, key, value, *grad_mask = grads
         directions = (query, key, value, grad_mask[0] if ctx.by_mask else None, grad_out)
-        by_mask = ctx.is_tensor[9]
-        by_grad_out, *by_tangents = AttentionBackwardJvp.apply(
-            *saved, *directions, attn_mask, seeds, *ctx.numbers, by_mask
-        )
+        by_mask = ctx.is_tensor[10]
+        by_grad_out, *by_tangents = AttentionBackwardJvp.apply(by_mask, *saved, *directions, *told)
         return (
-            *(None,) * 6,
+            *(None,) * 7,
             *by_tangents[:3],
             by_tangents[3] if by_mask else None,
-            by_grad_out if ctx.is_tensor[10] else None,
-            *(None,) * 7,
+            by_grad_out if ctx.is_tensor[11] else None,
+            *(None,) * len(told),
         )
 
     @staticmethod
@@ -272,7 +234,7 @@ class AttentionBackwardJvp(Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        arguments = batched(info, in_dims, inputs, unexpanded=_unless(inputs[-1], 9, 11))
+        arguments = batched(info, in_dims, inputs, unexpanded=_unless(inputs[0], 10, 12))
         return all_batched(AttentionBackwardJvp.apply(*arguments))
 
 
@@ -294,13 +256,24 @@ def _is_wanted(ctx: Any, position: int) -> bool:
         return True
 
 
-def _saved_as_numbers(ctx: Any) -> tuple[Tensor | None, ...]:
+def _saved(ctx: Any, count: int) -> tuple[tuple[Tensor, ...], Told]:
+    """The first ``count`` tensors that ``ctx`` has saved, and what the pass is told: the others, and the numbers."""
+    tensors = ctx.saved_tensors
+    return tensors[:count], (*tensors[count:], ctx.options)
+
+
+def _saved_as_numbers(ctx: Any) -> tuple[tuple[Tensor, ...], Told]:
     """What ``Attention`` has saved, with ``out`` cut from the graph.
 
     An edge to ``Attention`` would have autograd run its backward again in every double backward, on zeros.
     """
-    query, key, value, out, *rest = ctx.saved_tensors
-    return query, key, value, out.detach(), *rest
+    (query, key, value, out, statistics), told = _saved(ctx, 5)
+    return (query, key, value, out.detach(), statistics), told
+
+
+def _none_but_the_mask(told: Told) -> tuple[None, ...]:
+    """The gradients by what a pass is told, after that by the mask."""
+    return (None,) * (len(told) - 1)
 
 
 def _of_additive(attn_mask: Tensor | None, tangent: Tensor | None) -> Tensor | None:

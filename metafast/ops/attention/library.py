@@ -14,22 +14,21 @@ import torch
 from torch import Tensor
 
 from metafast.backend import constant_when_compiled, extension
+from metafast.ops.attention.options import COUNT, SCHEMA, from_op, to_op
 from metafast.ops.schemas import define_with_out
 
 _library = torch.library.Library("metafast", "FRAGMENT")
-# What all passes are told: the additive or boolean mask, dropout's seeds, the window, dropout's probability, the scale.
-_OPTIONS = "Tensor? attn_mask, Tensor? seeds, int left, int right, float dropout_p, float scale"
 _INPUTS = "Tensor query, Tensor key, Tensor value"
 _SAVED = f"{_INPUTS}, Tensor out, Tensor statistics"
 _TANGENTS = "Tensor tangent_query, Tensor tangent_key, Tensor tangent_value, Tensor? tangent_mask"
-_SECOND = f"Tensor grad_out, {_SAVED}, {_TANGENTS}, Tensor? tangent_grad_out, {_OPTIONS}"
+_SECOND = f"Tensor grad_out, {_SAVED}, {_TANGENTS}, Tensor? tangent_grad_out, {SCHEMA}"
 
 for _schema in (
-    f"attention_forward({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)",
-    f"attention_backward(Tensor grad_out, {_SAVED}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
-    f"attention_jvp({_SAVED}, {_TANGENTS}, {_OPTIONS}) -> Tensor",
+    f"attention_forward({_INPUTS}, {SCHEMA}) -> (Tensor, Tensor)",
+    f"attention_backward(Tensor grad_out, {_SAVED}, {SCHEMA}) -> (Tensor, Tensor, Tensor)",
+    f"attention_jvp({_SAVED}, {_TANGENTS}, {SCHEMA}) -> Tensor",
     f"attention_backward_jvp({_SECOND}) -> (Tensor, Tensor, Tensor, Tensor)",
-    f"attention_mask_backward(Tensor grad_out, {_SAVED}, {_OPTIONS}) -> Tensor",
+    f"attention_mask_backward(Tensor grad_out, {_SAVED}, {SCHEMA}) -> Tensor",
     f"attention_mask_backward_jvp({_SECOND}) -> Tensor",
 ):
     define_with_out(_library, _schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -48,7 +47,7 @@ def _has_plain_rows(tensor: Tensor) -> bool:
 
 
 def _output_like(tensor: Tensor, columns: int | None = None) -> Tensor:
-    """Shape, dtype and memory order of a kernel's output, as ``output_like`` in csrc/cpu/attention/ops.cpp."""
+    """Shape, dtype and memory order of a kernel's output, as ``output_like`` in csrc/cpu/attention/call.h."""
     columns = tensor.shape[-1] if columns is None else columns
     if tensor.shape[-1] == columns:
         output = torch.empty_like(tensor if _has_plain_rows(tensor) else tensor.contiguous())
@@ -83,7 +82,7 @@ def _(
 @torch.library.register_fake("metafast::attention_mask_backward", lib=_library)
 @torch.library.register_fake("metafast::attention_mask_backward_jvp", lib=_library)
 def _(*arguments: Any) -> Tensor:
-    attn_mask: Tensor = arguments[-6]
+    attn_mask: Tensor = arguments[-COUNT]
     return attn_mask.new_empty(attn_mask.shape)
 
 
@@ -93,7 +92,8 @@ def _triton(name: str) -> Callable[..., Any]:
     def kernel(*arguments: Any) -> Any:
         from metafast.ops.attention import triton
 
-        return getattr(triton, name)(*arguments)
+        tensors, told = from_op(arguments)
+        return getattr(triton, name)(*tensors, *told)
 
     return kernel
 
@@ -103,15 +103,15 @@ for _name in ("forward", "backward", "jvp", "backward_jvp", "mask_backward", "ma
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, attn_mask, seeds, *ctx.numbers = inputs
-    ctx.save_for_backward(query, key, value, *output, attn_mask, seeds)
+    qkv, (*tensors, ctx.options) = from_op(inputs)
+    ctx.save_for_backward(*qkv, *output, *tensors)
 
 
 def _backward(ctx: Any, grad_out: Tensor, grad_statistics: Tensor) -> tuple[Tensor | None, ...]:
-    arguments = (grad_out, *ctx.saved_tensors, *ctx.numbers)
+    arguments = (grad_out, *to_op((*ctx.saved_tensors, ctx.options)))
     grads = torch.ops.metafast.attention_backward(*arguments)
     grad_mask = torch.ops.metafast.attention_mask_backward(*arguments) if ctx.needs_input_grad[3] else None
-    return (*grads, grad_mask, *(None,) * 5)
+    return (*grads, grad_mask, *(None,) * (COUNT - 1))
 
 
 torch.library.register_autograd("metafast::attention_forward", _backward, setup_context=_setup_context, lib=_library)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from metafast.ops.attention.options import Options
+
 # Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
@@ -18,10 +20,7 @@ def attention(
     value: Tensor,
     attn_mask: Tensor | None,
     seeds: Tensor | None,
-    left: int,
-    right: int,
-    dropout_p: float,
-    scale: float,
+    options: Options,
 ) -> Tensor:
     """dropout(softmax(scale Q Kᵀ + mask)) V on dense matrices, O(Nq Nk) memory.
 
@@ -31,9 +30,7 @@ def attention(
         value: ``[*lead, Hk, Nk, Dv]``.
         attn_mask: None, or boolean (True: may attend) or floating (added), broadcastable to ``[*lead, Hq, Nq, Nk]``.
         seeds: of the dropout, int64 ``[*lead]``; see :func:`keep_mask`. None without dropout.
-        left, right: row i attends to columns i − left ≤ j ≤ i + right only, besides what ``attn_mask`` allows; −1: no limit.
-        dropout_p: probability of dropping a weight.
-        scale: factor of the scores.
+        options: the numbers, see :class:`Options`.
 
     Returns:
         ``[*lead, Hq, Nq, Dv]``; zeros for a row that may attend to nothing.
@@ -42,17 +39,18 @@ def attention(
     group = heads // key.shape[-3]
     if group > 1:
         key, value = key.repeat_interleave(group, -3), value.repeat_interleave(group, -3)
-    scores = scale * (query @ key.transpose(-1, -2))
+    scores = options.scale * (query @ key.transpose(-1, -2))
     if attn_mask is not None:
         scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
-    if left >= 0 or right >= 0:
-        scores = scores.masked_fill(~window(rows, columns, left, right, scores.device), -torch.inf)
+    if options.left >= 0 or options.right >= 0:
+        allowed = window(rows, columns, options.left, options.right, scores.device)
+        scores = scores.masked_fill(~allowed, -torch.inf)
     # The softmax of a row of -inf is NaN, with NaN gradients; such a row is replaced before and zeroed after.
     attends = (scores != -torch.inf).any(-1, keepdim=True)
     weights = torch.softmax(scores.masked_fill(~attends, 0.0), -1).masked_fill(~attends, 0.0)
     if seeds is not None:
-        keep = keep_mask(seeds, heads, rows, columns, dropout_p)
-        weights = (weights / (1.0 - dropout_p)).masked_fill(~keep, 0.0)
+        keep = keep_mask(seeds, heads, rows, columns, options.dropout_p)
+        weights = (weights / (1.0 - options.dropout_p)).masked_fill(~keep, 0.0)
     return weights @ value
 
 

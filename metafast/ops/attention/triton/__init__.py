@@ -8,11 +8,10 @@ Six raw ops without checks; whoever calls them has validated the arguments. They
   ``Hk``; query head h reads key head ``h // (Hq // Hk)``.
 - ``attn_mask`` None, boolean (True: may attend) or floating (added to the scores), of as many dimensions as the scores
   ``[*lead, Hq, Nq, Nk]``, each of them full or 1, and never expanded. A row that may attend to nothing gives zeros.
-- ``seeds`` of dropout, int64 ``[*lead]``, or None without dropout; ``dropout_p`` is the probability of dropping a weight.
-- ``left``, ``right``: row i attends to columns i - left <= j <= i + right only; -1 means no limit.
-- ``scale``, which multiplies the scores.
+- ``seeds`` of dropout, int64 ``[*lead]``, or None without dropout.
+- the numbers among the options, :class:`metafast.ops.attention.options.Options`.
 
-in the order ``attn_mask, seeds, left, right, dropout_p, scale`` of :data:`Options`, which ends the arguments of each op.
+``attn_mask``, ``seeds`` and the numbers end the arguments of each op.
 
 Products accumulate in float32; those of float32 inputs are exact in IEEE arithmetic unless torch allows TF32
 (``torch.backends.cuda.matmul.fp32_precision``). Results are bitwise reproducible: nothing is summed by atomics.
@@ -22,7 +21,6 @@ from metafast.ops.attention.triton.backward import backward
 from metafast.ops.attention.triton.backward_jvp import backward_jvp
 from metafast.ops.attention.triton.forward import forward
 from metafast.ops.attention.triton.jvp import jvp
-from metafast.ops.attention.triton.launch import Options
 from metafast.ops.attention.triton.mask_backward import mask_backward, mask_backward_jvp
 
-__all__ = ["Options", "backward", "backward_jvp", "forward", "jvp", "mask_backward", "mask_backward_jvp"]
+__all__ = ["backward", "backward_jvp", "forward", "jvp", "mask_backward", "mask_backward_jvp"]

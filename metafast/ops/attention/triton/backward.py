@@ -15,23 +15,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from metafast.ops.attention.options import Told
 from metafast.ops.attention.triton.common import (
-    LOG2E,
-    dropout_factors,
     keys_of,
-    load_softmax,
     load_statistic,
     load_tile,
     locate,
-    mask_of,
-    mask_scores,
     mean_of_first_rows,
     query_blocks_of,
-    seed_of,
     store_statistic,
     store_tile,
 )
-from metafast.ops.attention.triton.launch import Options, Problem, empty_like, matrix
+from metafast.ops.attention.triton.launch import Problem, empty_like, matrix
+from metafast.ops.attention.triton.scores import (
+    Tile,
+    dropout_factors,
+    dropped,
+    load_softmax,
+    mask_of,
+    product,
+    rows_and_columns,
+    seed_of,
+    weights,
+)
 
 
 @triton.jit(do_not_specialize=["n_queries", "heads"])
@@ -45,13 +51,11 @@ def backward_query_kernel(
     delta,
     grad_query,
     mask,
-    window,
-    dropout,
     n_queries,
     n_keys,
     heads,
     group,
-    scale,
+    settings,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     HEAD_BLOCK: tl.constexpr,
@@ -60,14 +64,14 @@ def backward_query_kernel(
     KEY_BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    by_keys: tl.constexpr = False
     block, batch, head = locate(tl.cdiv(n_queries, QUERY_BLOCK), heads)
     kv_head = head // group
     first_query = block * QUERY_BLOCK
     mask_start = mask_of(mask, batch)
-    seed = seed_of(dropout, batch)
-    rows = tl.arange(0, QUERY_BLOCK)[:, None]
-    columns = tl.arange(0, KEY_BLOCK)[None, :]
-    start, end = keys_of(window, first_query, n_keys, QUERY_BLOCK, KEY_BLOCK)
+    seed = seed_of(settings, batch)
+    rows, columns = rows_and_columns(QUERY_BLOCK, KEY_BLOCK, by_keys)
+    start, end = keys_of(settings, first_query, n_keys, QUERY_BLOCK, KEY_BLOCK)
 
     q = load_tile(query, batch, head, first_query, n_queries, QUERY_BLOCK, HEAD_DIM, HEAD_BLOCK)
     g = load_tile(grad_out, batch, head, first_query, n_queries, QUERY_BLOCK, VALUE_DIM, VALUE_BLOCK)
@@ -82,20 +86,18 @@ def backward_query_kernel(
     for first_key in range(start, end, KEY_BLOCK):
         k = load_tile(key, batch, kv_head, first_key, n_keys, KEY_BLOCK, HEAD_DIM, HEAD_BLOCK)
         v = load_tile(value, batch, kv_head, first_key, n_keys, KEY_BLOCK, VALUE_DIM, VALUE_BLOCK)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
-        s = mask_scores(s, mask, mask_start, window, head, rows, columns, first_query, first_key, n_queries, n_keys)
-        p = tl.exp2(s - largest[:, None] - log_total[:, None])
-        dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
-        if dropout.seeds is not None:
-            kept = dropout_factors(dropout, seed, head, first_query, first_key, QUERY_BLOCK, KEY_BLOCK)
-            dp *= kept
+        tile = Tile(head, first_query, first_key, n_queries, n_keys, rows, columns, mask_start)
+        p = weights(q, k, largest, log_total, mask, settings, tile, by_keys, PRECISION)
+        dp = product(g, v, None, by_keys, PRECISION)
+        kept = dropout_factors(settings, seed, tile, QUERY_BLOCK, KEY_BLOCK, by_keys)
+        dp = dropped(dp, kept, settings)
         ds = (p * (dp - d[:, None])).to(k.dtype)
         gradient = tl.dot(ds, k, gradient, input_precision=PRECISION)
         excess += tl.sum(ds.to(tl.float32), 1)
 
     # Rows of dS sum to zero; what rounding leaves of that sum would multiply the keys' common offset.
     offset = mean_of_first_rows(key, batch, kv_head, n_keys, KEY_BLOCK, HEAD_DIM, HEAD_BLOCK)
-    gradient = scale * (gradient - excess[:, None] * offset[None, :])
+    gradient = settings.scale * (gradient - excess[:, None] * offset[None, :])
     store_tile(grad_query, batch, head, first_query, n_queries, gradient, QUERY_BLOCK, HEAD_DIM, HEAD_BLOCK)
     if q.dtype == tl.float32:
         store_statistic(delta, batch, head, heads, first_query, n_queries, d + excess, QUERY_BLOCK)
@@ -112,13 +114,11 @@ def backward_key_kernel(
     grad_key,
     grad_value,
     mask,
-    window,
-    dropout,
     n_queries,
     n_keys,
     heads,
     group,
-    scale,
+    settings,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     HEAD_BLOCK: tl.constexpr,
@@ -127,15 +127,15 @@ def backward_key_kernel(
     KEY_BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    by_keys: tl.constexpr = True
     # Tiles are transposed, [KEY_BLOCK, QUERY_BLOCK], so that the left operands of the products are there as they are.
     block, batch, kv_head = locate(tl.cdiv(n_keys, KEY_BLOCK), heads // group)
     first_key = block * KEY_BLOCK
-    rows = tl.arange(0, QUERY_BLOCK)[None, :]
-    columns = tl.arange(0, KEY_BLOCK)[:, None]
+    rows, columns = rows_and_columns(QUERY_BLOCK, KEY_BLOCK, by_keys)
     mask_start = mask_of(mask, batch)
-    seed = seed_of(dropout, batch)
+    seed = seed_of(settings, batch)
     # One loop over the query blocks of all heads of the group; two nested ones cost more registers.
-    first_block, n_blocks = query_blocks_of(window, first_key, n_queries, QUERY_BLOCK, KEY_BLOCK)
+    first_block, n_blocks = query_blocks_of(settings, first_key, n_queries, QUERY_BLOCK, KEY_BLOCK)
 
     k = load_tile(key, batch, kv_head, first_key, n_keys, KEY_BLOCK, HEAD_DIM, HEAD_BLOCK)
     v = load_tile(value, batch, kv_head, first_key, n_keys, KEY_BLOCK, VALUE_DIM, VALUE_BLOCK)
@@ -150,21 +150,16 @@ def backward_key_kernel(
             statistics, query, mask, batch, head, heads, first_query, n_queries, QUERY_BLOCK
         )
         d = load_statistic(delta, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
-        s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)
-        s = mask_scores(s, mask, mask_start, window, head, rows, columns, first_query, first_key, n_queries, n_keys)
-        p = tl.exp2(s - largest[None, :] - log_total[None, :])
-        z = p
-        if dropout.seeds is not None:
-            kept = tl.trans(dropout_factors(dropout, seed, head, first_query, first_key, QUERY_BLOCK, KEY_BLOCK))
-            z = p * kept
+        tile = Tile(head, first_query, first_key, n_queries, n_keys, rows, columns, mask_start)
+        p = weights(q, k, largest, log_total, mask, settings, tile, by_keys, PRECISION)
+        kept = dropout_factors(settings, seed, tile, QUERY_BLOCK, KEY_BLOCK, by_keys)
+        z = dropped(p, kept, settings)
         to_value = tl.dot(z.to(g.dtype), g, to_value, input_precision=PRECISION)
-        dp = tl.dot(v, tl.trans(g), input_precision=PRECISION)
-        if dropout.seeds is not None:
-            dp *= kept
+        dp = dropped(product(g, v, None, by_keys, PRECISION), kept, settings)
         ds = p * (dp - d[None, :])
         to_key = tl.dot(ds.to(q.dtype), q, to_key, input_precision=PRECISION)
 
-    store_tile(grad_key, batch, kv_head, first_key, n_keys, scale * to_key, KEY_BLOCK, HEAD_DIM, HEAD_BLOCK)
+    store_tile(grad_key, batch, kv_head, first_key, n_keys, settings.scale * to_key, KEY_BLOCK, HEAD_DIM, HEAD_BLOCK)
     store_tile(grad_value, batch, kv_head, first_key, n_keys, to_value, KEY_BLOCK, VALUE_DIM, VALUE_BLOCK)
 
 
@@ -175,7 +170,7 @@ def backward(
     value: Tensor,
     out: Tensor,
     statistics: Tensor,
-    *options: *Options,
+    *told: *Told,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of attention.
 
@@ -185,7 +180,7 @@ def backward(
     Returns:
         ``grad_query``, ``grad_key``, ``grad_value``, shaped and typed as ``query``, ``key``, ``value``.
     """
-    problem = Problem(query, key, value, *options)
+    problem = Problem(query, key, value, *told)
     grad_out, query, key, value, out = (problem.flatten(tensor) for tensor in (grad_out, query, key, value, out))
     grad_query, grad_key, grad_value = (empty_like(tensor) for tensor in (query, key, value))
     inputs = {"grad_out": matrix(grad_out), "query": matrix(query), "key": matrix(key), "value": matrix(value)}

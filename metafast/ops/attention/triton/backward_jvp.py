@@ -17,25 +17,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from metafast.ops.attention.options import Told
 from metafast.ops.attention.triton.common import (
-    LOG2E,
-    dropout_factors,
     keys_of,
-    load_mask,
-    load_softmax,
     load_statistic,
     load_tile,
     locate,
-    mask_of,
-    mask_scores,
     mean_of_first_rows,
     query_blocks_of,
-    seed_of,
     store_statistic,
     store_tile,
 )
 from metafast.ops.attention.triton.jvp import jvp_and_mean
-from metafast.ops.attention.triton.launch import Options, Problem, empty_like, matrix
+from metafast.ops.attention.triton.launch import Problem, empty_like, matrix
+from metafast.ops.attention.triton.scores import (
+    Tile,
+    add_tangent_mask,
+    dropout_factors,
+    dropped,
+    load_softmax,
+    mask_of,
+    product,
+    rows_and_columns,
+    seed_of,
+    tangent_scores,
+    weights,
+)
 
 
 @triton.jit(do_not_specialize=["n_queries", "heads"])
@@ -57,13 +64,11 @@ def backward_jvp_query_kernel(
     tangent_delta,
     tangent_grad_query,
     mask,
-    window,
-    dropout,
     n_queries,
     n_keys,
     heads,
     group,
-    scale,
+    settings,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     HEAD_BLOCK: tl.constexpr,
@@ -72,15 +77,15 @@ def backward_jvp_query_kernel(
     KEY_BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    by_keys: tl.constexpr = False
     block, batch, head = locate(tl.cdiv(n_queries, QUERY_BLOCK), heads)
     kv_head = head // group
     first_query = block * QUERY_BLOCK
     mask_start = mask_of(mask, batch)
     tangent_mask_start = mask_of(tangent_mask, batch)
-    seed = seed_of(dropout, batch)
-    rows = tl.arange(0, QUERY_BLOCK)[:, None]
-    columns = tl.arange(0, KEY_BLOCK)[None, :]
-    start, end = keys_of(window, first_query, n_keys, QUERY_BLOCK, KEY_BLOCK)
+    seed = seed_of(settings, batch)
+    rows, columns = rows_and_columns(QUERY_BLOCK, KEY_BLOCK, by_keys)
+    start, end = keys_of(settings, first_query, n_keys, QUERY_BLOCK, KEY_BLOCK)
 
     q = load_tile(query, batch, head, first_query, n_queries, QUERY_BLOCK, HEAD_DIM, HEAD_BLOCK)
     tq = load_tile(tangent_query, batch, head, first_query, n_queries, QUERY_BLOCK, HEAD_DIM, HEAD_BLOCK)
@@ -105,31 +110,16 @@ def backward_jvp_query_kernel(
         tk = load_tile(tangent_key, batch, kv_head, first_key, n_keys, KEY_BLOCK, HEAD_DIM, HEAD_BLOCK)
         v = load_tile(value, batch, kv_head, first_key, n_keys, KEY_BLOCK, VALUE_DIM, VALUE_BLOCK)
         tv = load_tile(tangent_value, batch, kv_head, first_key, n_keys, KEY_BLOCK, VALUE_DIM, VALUE_BLOCK)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
-        s = mask_scores(s, mask, mask_start, window, head, rows, columns, first_query, first_key, n_queries, n_keys)
-        p = tl.exp2(s - largest[:, None] - log_total[:, None])
-        t = tl.dot(tq, tl.trans(k), input_precision=PRECISION)
-        t = tl.dot(q, tl.trans(tk), t, input_precision=PRECISION) * scale - mean[:, None]
-        if tangent_mask.pointer is not None:
-            t += load_mask(
-                tangent_mask,
-                tangent_mask_start,
-                head,
-                rows,
-                columns,
-                first_query,
-                first_key,
-                n_queries,
-                n_keys,
-            ).to(tl.float32)
-        e = tl.dot(g, tl.trans(v), input_precision=PRECISION)
-        f = tl.dot(g, tl.trans(tv), input_precision=PRECISION)
+        tile = Tile(head, first_query, first_key, n_queries, n_keys, rows, columns, mask_start)
+        p = weights(q, k, largest, log_total, mask, settings, tile, by_keys, PRECISION)
+        t = tangent_scores(q, k, tq, tk, mean, settings.scale, by_keys, PRECISION)
+        t = add_tangent_mask(t, tangent_mask, tangent_mask_start, tile)
+        e = product(g, v, None, by_keys, PRECISION)
+        f = product(g, tv, None, by_keys, PRECISION)
         if tangent_grad_out is not None:
-            f = tl.dot(tg, tl.trans(v), f, input_precision=PRECISION)
-        if dropout.seeds is not None:
-            kept = dropout_factors(dropout, seed, head, first_query, first_key, QUERY_BLOCK, KEY_BLOCK)
-            e *= kept
-            f *= kept
+            f = product(tg, v, f, by_keys, PRECISION)
+        kept = dropout_factors(settings, seed, tile, QUERY_BLOCK, KEY_BLOCK, by_keys)
+        e, f = dropped(e, kept, settings), dropped(f, kept, settings)
         e -= d[:, None]
         ds = (p * e).to(k.dtype)
         tds = (p * (t * e + f - td[:, None])).to(k.dtype)
@@ -143,7 +133,15 @@ def backward_jvp_query_kernel(
     tangent_offset = mean_of_first_rows(tangent_key, batch, kv_head, n_keys, KEY_BLOCK, HEAD_DIM, HEAD_BLOCK)
     gradient -= tangent_excess[:, None] * offset[None, :] + excess[:, None] * tangent_offset[None, :]
     store_tile(
-        tangent_grad_query, batch, head, first_query, n_queries, scale * gradient, QUERY_BLOCK, HEAD_DIM, HEAD_BLOCK
+        tangent_grad_query,
+        batch,
+        head,
+        first_query,
+        n_queries,
+        settings.scale * gradient,
+        QUERY_BLOCK,
+        HEAD_DIM,
+        HEAD_BLOCK,
     )
     if q.dtype == tl.float32:
         store_statistic(delta, batch, head, heads, first_query, n_queries, d + excess, QUERY_BLOCK)
@@ -168,13 +166,11 @@ def backward_jvp_key_kernel(
     tangent_grad_key,
     tangent_grad_value,
     mask,
-    window,
-    dropout,
     n_queries,
     n_keys,
     heads,
     group,
-    scale,
+    settings,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     HEAD_BLOCK: tl.constexpr,
@@ -183,16 +179,16 @@ def backward_jvp_key_kernel(
     KEY_BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    by_keys: tl.constexpr = True
     # Tiles are transposed, [KEY_BLOCK, QUERY_BLOCK], so that the left operands of the products are there as they are.
     block, batch, kv_head = locate(tl.cdiv(n_keys, KEY_BLOCK), heads // group)
     first_key = block * KEY_BLOCK
-    rows = tl.arange(0, QUERY_BLOCK)[None, :]
-    columns = tl.arange(0, KEY_BLOCK)[:, None]
+    rows, columns = rows_and_columns(QUERY_BLOCK, KEY_BLOCK, by_keys)
     mask_start = mask_of(mask, batch)
     tangent_mask_start = mask_of(tangent_mask, batch)
-    seed = seed_of(dropout, batch)
+    seed = seed_of(settings, batch)
     # One loop over the query blocks of all heads of the group; two nested ones cost more registers.
-    first_block, n_blocks = query_blocks_of(window, first_key, n_queries, QUERY_BLOCK, KEY_BLOCK)
+    first_block, n_blocks = query_blocks_of(settings, first_key, n_queries, QUERY_BLOCK, KEY_BLOCK)
 
     k = load_tile(key, batch, kv_head, first_key, n_keys, KEY_BLOCK, HEAD_DIM, HEAD_BLOCK)
     tk = load_tile(tangent_key, batch, kv_head, first_key, n_keys, KEY_BLOCK, HEAD_DIM, HEAD_BLOCK)
@@ -212,43 +208,28 @@ def backward_jvp_key_kernel(
         mean = load_statistic(mu, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
         d = load_statistic(delta, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
         td = load_statistic(tangent_delta, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
-        s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)
-        s = mask_scores(s, mask, mask_start, window, head, rows, columns, first_query, first_key, n_queries, n_keys)
-        p = tl.exp2(s - largest[None, :] - log_total[None, :])
-        t = tl.dot(k, tl.trans(tq), input_precision=PRECISION)
-        t = tl.dot(tk, tl.trans(q), t, input_precision=PRECISION) * scale - mean[None, :]
-        if tangent_mask.pointer is not None:
-            t += load_mask(
-                tangent_mask,
-                tangent_mask_start,
-                head,
-                rows,
-                columns,
-                first_query,
-                first_key,
-                n_queries,
-                n_keys,
-            ).to(tl.float32)
-        z = p
-        if dropout.seeds is not None:
-            kept = tl.trans(dropout_factors(dropout, seed, head, first_query, first_key, QUERY_BLOCK, KEY_BLOCK))
-            z = p * kept
+        tile = Tile(head, first_query, first_key, n_queries, n_keys, rows, columns, mask_start)
+        p = weights(q, k, largest, log_total, mask, settings, tile, by_keys, PRECISION)
+        t = tangent_scores(q, k, tq, tk, mean, settings.scale, by_keys, PRECISION)
+        t = add_tangent_mask(t, tangent_mask, tangent_mask_start, tile)
+        kept = dropout_factors(settings, seed, tile, QUERY_BLOCK, KEY_BLOCK, by_keys)
+        z = dropped(p, kept, settings)
         to_value = tl.dot((z * t).to(g.dtype), g, to_value, input_precision=PRECISION)
-        e = tl.dot(v, tl.trans(g), input_precision=PRECISION)
-        f = tl.dot(tv, tl.trans(g), input_precision=PRECISION)
+        e = product(g, v, None, by_keys, PRECISION)
+        f = product(g, tv, None, by_keys, PRECISION)
         if tangent_grad_out is not None:
             tg = load_tile(tangent_grad_out, batch, head, first_query, n_queries, QUERY_BLOCK, VALUE_DIM, VALUE_BLOCK)
-            f = tl.dot(v, tl.trans(tg), f, input_precision=PRECISION)
+            f = product(tg, v, f, by_keys, PRECISION)
             to_value = tl.dot(z.to(tg.dtype), tg, to_value, input_precision=PRECISION)
-        if dropout.seeds is not None:
-            e *= kept
-            f *= kept
+        e, f = dropped(e, kept, settings), dropped(f, kept, settings)
         e -= d[None, :]
         tds = p * (t * e + f - td[None, :])
         to_key = tl.dot(tds.to(q.dtype), q, to_key, input_precision=PRECISION)
         to_key = tl.dot((p * e).to(q.dtype), tq, to_key, input_precision=PRECISION)
 
-    store_tile(tangent_grad_key, batch, kv_head, first_key, n_keys, scale * to_key, KEY_BLOCK, HEAD_DIM, HEAD_BLOCK)
+    store_tile(
+        tangent_grad_key, batch, kv_head, first_key, n_keys, settings.scale * to_key, KEY_BLOCK, HEAD_DIM, HEAD_BLOCK
+    )
     store_tile(tangent_grad_value, batch, kv_head, first_key, n_keys, to_value, KEY_BLOCK, VALUE_DIM, VALUE_BLOCK)
 
 
@@ -264,7 +245,7 @@ def backward_jvp(
     tangent_value: Tensor,
     tangent_mask: Tensor | None,
     tangent_grad_out: Tensor | None,
-    *options: *Options,
+    *told: *Told,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Jacobian–vector product of the pair (attention, its backward pass).
 
@@ -276,7 +257,7 @@ def backward_jvp(
         ``tangent_out``, ``tangent_grad_query``, ``tangent_grad_key``, ``tangent_grad_value``, shaped and typed as
         ``out``, ``query``, ``key``, ``value``.
     """
-    problem = Problem(query, key, value, *options)
+    problem = Problem(query, key, value, *told)
     tangent_out, mu = jvp_and_mean(
         problem, query, key, value, out, statistics, tangent_query, tangent_key, tangent_value, tangent_mask
     )

@@ -18,16 +18,16 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+from metafast.ops.attention.options import Options, Told
 from metafast.ops.attention.triton import (
-    Options,
     backward,
     backward_jvp,
     forward,
     mask_backward,
     mask_backward_jvp,
 )
-from metafast.ops.attention.triton.config import Config
 from metafast.ops.attention.triton.launch import Device, executor
+from metafast.ops.attention.triton.tiles import Config
 
 ARCHITECTURES = (80, 90, 100)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -131,14 +131,16 @@ def compile_kernels(
 def _call_ops(dtype: torch.dtype, head_dim: int, everything: bool) -> None:
     tensor, scale = torch.zeros(1, 4, 512, head_dim, dtype=dtype), head_dim**-0.5
     mask, seeds = torch.zeros(1, 4, 512, 512, dtype=dtype), torch.zeros(1, dtype=torch.int64)
-    masked: Options = (mask, seeds, 70, 30, 0.1, scale) if everything else (mask, None, -1, 0, 0.0, scale)
-    options = masked if everything else (None, *masked[1:])
-    out, statistics = forward(tensor, tensor, tensor, *options)
+    options = Options(left=70, right=30, dropout_p=0.1, scale=scale)
+    causal = Options(left=-1, right=0, dropout_p=0.0, scale=scale)
+    masked: Told = (mask, seeds, options) if everything else (mask, None, causal)
+    told: Told = masked if everything else (None, None, causal)
+    out, statistics = forward(tensor, tensor, tensor, *told)
     saved = (tensor, tensor, tensor, tensor, out, statistics)
     # Mypy does not count the arguments of several tuples in one call.
     calls: tuple[tuple[Any, tuple[Any, ...]], ...] = (
-        (backward, options),
-        (backward_jvp, (tensor, tensor, tensor, mask if everything else None, tensor, *options)),
+        (backward, told),
+        (backward_jvp, (tensor, tensor, tensor, mask if everything else None, tensor, *told)),
         (mask_backward, masked),
         (mask_backward_jvp, (tensor, tensor, tensor, mask, tensor, *masked)),
     )

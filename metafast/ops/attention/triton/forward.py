@@ -7,19 +7,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from metafast.ops.attention.triton.common import (
-    LOG2E,
+from metafast.ops.attention.options import Told
+from metafast.ops.attention.triton.common import keys_of, load_tile, locate, store_tile
+from metafast.ops.attention.triton.launch import Problem, empty_like, matrix
+from metafast.ops.attention.triton.scores import (
+    Tile,
     dropout_factors,
-    keys_of,
-    load_tile,
-    locate,
+    dropped,
     mask_of,
-    mask_scores,
+    rows_and_columns,
+    scores,
     seed_of,
     store_softmax,
-    store_tile,
 )
-from metafast.ops.attention.triton.launch import Options, Problem, empty_like, matrix
 
 
 @triton.jit(do_not_specialize=["n_queries", "heads"])
@@ -30,13 +30,11 @@ def forward_kernel(
     out,
     statistics,
     mask,
-    window,
-    dropout,
     n_queries,
     n_keys,
     heads,
     group,
-    scale,
+    settings,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     HEAD_BLOCK: tl.constexpr,
@@ -45,14 +43,14 @@ def forward_kernel(
     KEY_BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    by_keys: tl.constexpr = False
     block, batch, head = locate(tl.cdiv(n_queries, QUERY_BLOCK), heads)
     kv_head = head // group
     first_query = block * QUERY_BLOCK
     mask_start = mask_of(mask, batch)
-    seed = seed_of(dropout, batch)
-    rows = tl.arange(0, QUERY_BLOCK)[:, None]
-    columns = tl.arange(0, KEY_BLOCK)[None, :]
-    start, end = keys_of(window, first_query, n_keys, QUERY_BLOCK, KEY_BLOCK)
+    seed = seed_of(settings, batch)
+    rows, columns = rows_and_columns(QUERY_BLOCK, KEY_BLOCK, by_keys)
+    start, end = keys_of(settings, first_query, n_keys, QUERY_BLOCK, KEY_BLOCK)
 
     q = load_tile(query, batch, head, first_query, n_queries, QUERY_BLOCK, HEAD_DIM, HEAD_BLOCK)
     largest = tl.full([QUERY_BLOCK], float("-inf"), dtype=tl.float32)
@@ -60,17 +58,16 @@ def forward_kernel(
     weighted = tl.zeros([QUERY_BLOCK, VALUE_BLOCK], dtype=tl.float32)
     for first_key in range(start, end, KEY_BLOCK):
         k = load_tile(key, batch, kv_head, first_key, n_keys, KEY_BLOCK, HEAD_DIM, HEAD_BLOCK)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
-        s = mask_scores(s, mask, mask_start, window, head, rows, columns, first_query, first_key, n_queries, n_keys)
+        tile = Tile(head, first_query, first_key, n_queries, n_keys, rows, columns, mask_start)
+        s = scores(q, k, mask, settings, tile, by_keys, PRECISION)
         now_largest = tl.maximum(largest, tl.max(s, 1))
         # A row without any key so far has only -inf, and -inf - (-inf) would be NaN.
         shift = tl.where(now_largest == float("-inf"), 0.0, now_largest)
         p = tl.exp2(s - shift[:, None])
         decay = tl.exp2(largest - shift)
         total = total * decay + tl.sum(p, 1)
-        if dropout.seeds is not None:
-            kept = dropout_factors(dropout, seed, head, first_query, first_key, QUERY_BLOCK, KEY_BLOCK)
-            p *= kept
+        kept = dropout_factors(settings, seed, tile, QUERY_BLOCK, KEY_BLOCK, by_keys)
+        p = dropped(p, kept, settings)
         v = load_tile(value, batch, kv_head, first_key, n_keys, KEY_BLOCK, VALUE_DIM, VALUE_BLOCK)
         weighted = tl.dot(p.to(v.dtype), v, weighted * decay[:, None], input_precision=PRECISION)
         largest = now_largest
@@ -83,7 +80,7 @@ def forward_kernel(
     store_softmax(statistics, batch, head, heads, first_query, n_queries, largest, tl.log2(total), QUERY_BLOCK)
 
 
-def forward(query: Tensor, key: Tensor, value: Tensor, *options: *Options) -> tuple[Tensor, Tensor]:
+def forward(query: Tensor, key: Tensor, value: Tensor, *told: *Told) -> tuple[Tensor, Tensor]:
     """Attention and the statistics of its softmax.
 
     Args: see the package.
@@ -94,7 +91,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, *options: *Options) -> tu
         the sum of its exponentials relative to that, scores being in base 2; (inf, 0) for rows that may attend to
         nothing, whose ``out`` is zero.
     """
-    problem = Problem(query, key, value, *options)
+    problem = Problem(query, key, value, *told)
     query, key, value = (problem.flatten(tensor) for tensor in (query, key, value))
     out, statistics = empty_like(query, problem.value_dim), problem.empty_statistic(2)
     problem.launch(

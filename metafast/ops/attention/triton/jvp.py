@@ -13,22 +13,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from metafast.ops.attention.options import Told
 from metafast.ops.attention.triton.common import (
-    LOG2E,
-    dropout_factors,
     keys_of,
-    load_mask,
-    load_softmax,
     load_tile,
     locate,
-    mask_of,
-    mask_scores,
     mean_of_first_rows,
-    seed_of,
     store_statistic,
     store_tile,
 )
-from metafast.ops.attention.triton.launch import Options, Problem, empty_like, matrix
+from metafast.ops.attention.triton.launch import Problem, empty_like, matrix
+from metafast.ops.attention.triton.scores import (
+    Tile,
+    add_tangent_mask,
+    dropout_factors,
+    dropped,
+    load_softmax,
+    mask_of,
+    rows_and_columns,
+    seed_of,
+    tangent_scores,
+    weights,
+)
 
 
 @triton.jit(do_not_specialize=["n_queries", "heads"])
@@ -45,13 +51,11 @@ def jvp_kernel(
     tangent_out,
     mu,
     mask,
-    window,
-    dropout,
     n_queries,
     n_keys,
     heads,
     group,
-    scale,
+    settings,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     HEAD_BLOCK: tl.constexpr,
@@ -60,15 +64,15 @@ def jvp_kernel(
     KEY_BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    by_keys: tl.constexpr = False
     block, batch, head = locate(tl.cdiv(n_queries, QUERY_BLOCK), heads)
     kv_head = head // group
     first_query = block * QUERY_BLOCK
     mask_start = mask_of(mask, batch)
     tangent_mask_start = mask_of(tangent_mask, batch)
-    seed = seed_of(dropout, batch)
-    rows = tl.arange(0, QUERY_BLOCK)[:, None]
-    columns = tl.arange(0, KEY_BLOCK)[None, :]
-    start, end = keys_of(window, first_query, n_keys, QUERY_BLOCK, KEY_BLOCK)
+    seed = seed_of(settings, batch)
+    rows, columns = rows_and_columns(QUERY_BLOCK, KEY_BLOCK, by_keys)
+    start, end = keys_of(settings, first_query, n_keys, QUERY_BLOCK, KEY_BLOCK)
 
     q = load_tile(query, batch, head, first_query, n_queries, QUERY_BLOCK, HEAD_DIM, HEAD_BLOCK)
     tq = load_tile(tangent_query, batch, head, first_query, n_queries, QUERY_BLOCK, HEAD_DIM, HEAD_BLOCK)
@@ -80,31 +84,17 @@ def jvp_kernel(
     offset = mean_of_first_rows(key, batch, kv_head, n_keys, KEY_BLOCK, HEAD_DIM, HEAD_BLOCK)
     tangent_offset = mean_of_first_rows(tangent_key, batch, kv_head, n_keys, KEY_BLOCK, HEAD_DIM, HEAD_BLOCK)
     common = tq.to(tl.float32) * offset[None, :] + q.to(tl.float32) * tangent_offset[None, :]
-    common = scale * tl.sum(common, 1)
+    common = settings.scale * tl.sum(common, 1)
 
     tangent = tl.zeros([QUERY_BLOCK, VALUE_BLOCK], dtype=tl.float32)
     mean = tl.zeros([QUERY_BLOCK], dtype=tl.float32)
     for first_key in range(start, end, KEY_BLOCK):
         k = load_tile(key, batch, kv_head, first_key, n_keys, KEY_BLOCK, HEAD_DIM, HEAD_BLOCK)
         tk = load_tile(tangent_key, batch, kv_head, first_key, n_keys, KEY_BLOCK, HEAD_DIM, HEAD_BLOCK)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
-        s = mask_scores(s, mask, mask_start, window, head, rows, columns, first_query, first_key, n_queries, n_keys)
-        p = tl.exp2(s - largest[:, None] - log_total[:, None])
-        ts = tl.dot(tq, tl.trans(k), input_precision=PRECISION)
-        ts = tl.dot(q, tl.trans(tk), ts, input_precision=PRECISION)
-        ts = ts * scale - common[:, None]
-        if tangent_mask.pointer is not None:
-            ts += load_mask(
-                tangent_mask,
-                tangent_mask_start,
-                head,
-                rows,
-                columns,
-                first_query,
-                first_key,
-                n_queries,
-                n_keys,
-            ).to(tl.float32)
+        tile = Tile(head, first_query, first_key, n_queries, n_keys, rows, columns, mask_start)
+        p = weights(q, k, largest, log_total, mask, settings, tile, by_keys, PRECISION)
+        ts = tangent_scores(q, k, tq, tk, common, settings.scale, by_keys, PRECISION)
+        ts = add_tangent_mask(ts, tangent_mask, tangent_mask_start, tile)
         if first_key == start:
             seen = tl.sum(p, 1)
             centre = tl.sum(p * ts, 1) / tl.where(seen == 0.0, 1.0, seen)
@@ -112,10 +102,8 @@ def jvp_kernel(
             ts -= centre[:, None]
         pts = p * ts
         mean += tl.sum(pts, 1)
-        if dropout.seeds is not None:
-            kept = dropout_factors(dropout, seed, head, first_query, first_key, QUERY_BLOCK, KEY_BLOCK)
-            p *= kept
-            pts *= kept
+        kept = dropout_factors(settings, seed, tile, QUERY_BLOCK, KEY_BLOCK, by_keys)
+        p, pts = dropped(p, kept, settings), dropped(pts, kept, settings)
         v = load_tile(value, batch, kv_head, first_key, n_keys, KEY_BLOCK, VALUE_DIM, VALUE_BLOCK)
         tv = load_tile(tangent_value, batch, kv_head, first_key, n_keys, KEY_BLOCK, VALUE_DIM, VALUE_BLOCK)
         tangent = tl.dot(pts.to(v.dtype), v, tangent, input_precision=PRECISION)
@@ -139,7 +127,7 @@ def jvp(
     tangent_key: Tensor,
     tangent_value: Tensor,
     tangent_mask: Tensor | None,
-    *options: *Options,
+    *told: *Told,
 ) -> Tensor:
     """Jacobian–vector product of attention.
 
@@ -149,7 +137,7 @@ def jvp(
     Returns:
         ``tangent_out``, shaped and typed as ``out``.
     """
-    problem = Problem(query, key, value, *options)
+    problem = Problem(query, key, value, *told)
     return jvp_and_mean(
         problem, query, key, value, out, statistics, tangent_query, tangent_key, tangent_value, tangent_mask
     )[0]

@@ -14,9 +14,10 @@ import triton
 from torch import Tensor
 from triton.errors import TritonError
 
-from metafast.ops.attention.triton import tuning
-from metafast.ops.attention.triton.common import Dropout, Mask, Matrix, Window
-from metafast.ops.attention.triton.config import Config, choose_config
+from metafast.ops.attention.options import Options
+from metafast.ops.attention.triton import tiles
+from metafast.ops.attention.triton.common import Mask, Matrix, Settings
+from metafast.ops.attention.triton.tiles import Config
 
 # Offsets inside a tile are computed in 32 bits: larger strides between rows would overflow in a tile of 128 rows.
 LARGEST_ROW_STRIDE = 2**23
@@ -37,11 +38,11 @@ class Device:
         self,
         default: Config,
         device: torch.device,
-        describe: Callable[[str], tuning.Key],
+        describe: Callable[[str], tiles.Key],
         candidates: Callable[[int], list[Config]],
         run: Callable[[Config], None],
     ) -> Config:
-        """The table's configuration, or what was measured on this kind of GPU: see ``tuning.py``.
+        """The table's configuration, or what was measured on this kind of GPU: see ``tiles.py``.
 
         Args:
             describe: the key of a launch on a GPU of that name.
@@ -50,7 +51,7 @@ class Device:
         """
         if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
             return default
-        return tuning.choose(
+        return tiles.choose(
             default,
             lambda: describe(torch.cuda.get_device_name(device)),
             lambda: candidates(_shared_memory(device)),
@@ -62,8 +63,6 @@ class Device:
 executor: ContextVar[Device] = ContextVar("executor", default=Device())  # noqa: B039 - it has no state
 
 
-# attn_mask, seeds, left, right, dropout_p, scale: see the package.
-Options = tuple[Tensor | None, Tensor | None, int, int, float, float]
 _LAST_WORD = 2**32 - 1
 
 
@@ -73,8 +72,15 @@ class Problem:
     Args: as of the raw ops (see the package).
     """
 
-    def __init__(self, query: Tensor, key: Tensor, value: Tensor, *options: *Options) -> None:
-        attn_mask, seeds, left, right, dropout_p, scale = options
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        seeds: Tensor | None,
+        options: Options,
+    ) -> None:
         *self.lead, self.heads, self.n_queries, self.head_dim = query.shape
         self.kv_heads, self.n_keys, self.value_dim = value.shape[-3:]
         self.head_block, self.value_block = (
@@ -82,17 +88,22 @@ class Problem:
         )
         self.batches = math.prod(self.lead)
         self.dtype, self.device = query.dtype, query.device
-        self.scale = float(scale)
         self.mask = self.describe_mask(attn_mask)
-        # A side that limits nothing is none: the kernels have no code for it.
-        self.window = Window(
-            left if 0 <= left < self.n_queries - 1 else None, right + 1 if 0 <= right < self.n_keys - 1 else None
+        self.settings = Settings(
+            # A side that limits nothing is none: the kernels have no code for it.
+            left=options.left if 0 <= options.left < self.n_queries - 1 else None,
+            end=options.right + 1 if 0 <= options.right < self.n_keys - 1 else None,
+            dropout_seeds=None,
+            dropout_threshold=None,
+            dropout_factor=None,
+            scale=float(options.scale),
         )
-        self.dropout = Dropout(None, None, None)
         if seeds is not None:
-            threshold = min(round(dropout_p * 2**32), _LAST_WORD)
-            factor = 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else math.inf
-            self.dropout = Dropout(seeds.reshape(-1).contiguous(), threshold, factor)
+            self.settings = self.settings._replace(
+                dropout_seeds=seeds.reshape(-1).contiguous(),
+                dropout_threshold=min(round(options.dropout_p * 2**32), _LAST_WORD),
+                dropout_factor=1.0 / (1.0 - options.dropout_p) if options.dropout_p < 1.0 else math.inf,
+            )
 
     def flatten(self, tensor: Tensor) -> Tensor:
         """``[*lead, heads, rows, columns]`` as ``[batch, heads, rows, columns]``; copied if kernels cannot read it."""
@@ -126,7 +137,7 @@ class Problem:
         precision = _dot_precision(self.dtype)
         width, capability = max(self.head_block, self.value_block), executor.get().capability(self.device)
         name, itemsize, widths = kernel.__name__, self.dtype.itemsize, (self.head_block, self.value_block)
-        default = choose_config(name, width, itemsize, precision, capability)
+        default = tiles.table(name, width, itemsize, precision, capability)
 
         def run(config: Config) -> None:
             self.start(
@@ -134,13 +145,11 @@ class Problem:
                 programs(config),
                 **arguments,
                 mask=self.mask,
-                window=self.window,
-                dropout=self.dropout,
+                settings=self.settings,
                 n_queries=self.n_queries,
                 n_keys=self.n_keys,
                 heads=self.heads,
                 group=self.heads // self.kv_heads,
-                scale=self.scale,
                 HEAD_DIM=self.head_dim,
                 VALUE_DIM=self.value_dim,
                 HEAD_BLOCK=self.head_block,
@@ -157,23 +166,23 @@ class Problem:
                 default,
                 self.device,
                 lambda gpu: self._key(gpu, name, precision, arguments),
-                lambda shared: tuning.space(name, *widths, itemsize, shared, default),
+                lambda shared: tiles.space(name, *widths, itemsize, shared, default),
                 run,
             )
         )
 
-    def _key(self, gpu: str, kernel: str, precision: str, arguments: dict[str, Any]) -> tuning.Key:
+    def _key(self, gpu: str, kernel: str, precision: str, arguments: dict[str, Any]) -> tiles.Key:
         """What the choice of a configuration depends on."""
         mask = self.mask.pointer
         flags = {
-            "left": self.window.left is not None,
-            "right": self.window.end is not None,
+            "left": self.settings.left is not None,
+            "right": self.settings.end is not None,
             "additive" if mask is not None and mask.is_floating_point() else "boolean": mask is not None,
-            "dropout": self.dropout.seeds is not None,
+            "dropout": self.settings.dropout_seeds is not None,
             "grouped": self.heads > self.kv_heads,
             "tangent_grad_out": arguments.get("tangent_grad_out") is not None,
         }
-        return tuning.Key(
+        return tiles.Key(
             gpu,
             triton.__version__,
             kernel,
@@ -181,8 +190,8 @@ class Problem:
             precision,
             self.head_block,
             self.value_block,
-            tuning.bucket(self.n_queries),
-            tuning.bucket(self.n_keys),
+            tiles.bucket(self.n_queries),
+            tiles.bucket(self.n_keys),
             ",".join(flag for flag, is_on in flags.items() if is_on),
         )
 

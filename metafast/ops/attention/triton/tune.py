@@ -11,8 +11,9 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from metafast.ops.attention.triton import Options, backward, backward_jvp, forward
-from metafast.ops.attention.triton.tuning import choices
+from metafast.ops.attention.options import Options, Told
+from metafast.ops.attention.triton import backward, backward_jvp, forward
+from metafast.ops.attention.triton.tiles import choices
 
 TOKENS = 16384  # in all batches and heads: enough work for every multiprocessor
 
@@ -43,10 +44,10 @@ def tune(dtypes: Iterable[torch.dtype], head_dims: Iterable[int], lengths: Itera
 def _call_ops(dtype: torch.dtype, head_dim: int, length: int, right: int) -> None:
     heads = max(16, 16 * TOKENS // length)
     query, key, value, grad_out = (torch.randn(1, heads, length, head_dim, device="cuda").to(dtype) for _ in range(4))
-    options: Options = (None, None, -1, right, 0.0, head_dim**-0.5)
-    out, statistics = forward(query, key, value, *options)
-    backward(grad_out, query, key, value, out, statistics, *options)
-    backward_jvp(grad_out, query, key, value, out, statistics, query, key, value, None, None, *options)
+    told: Told = (None, None, Options(left=-1, right=right, dropout_p=0.0, scale=head_dim**-0.5))
+    out, statistics = forward(query, key, value, *told)
+    backward(grad_out, query, key, value, out, statistics, *told)
+    backward_jvp(grad_out, query, key, value, out, statistics, query, key, value, None, None, *told)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
