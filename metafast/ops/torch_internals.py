@@ -31,6 +31,10 @@ wrap_batched = _functorch._add_batch_dim
 unwrap_if_dead = _functorch.unwrap_if_dead
 # Whether a tensor is of the older vmap, which torch.autograd.grad(is_grads_batched=True) uses.
 is_legacy_batched = _functorch.is_legacy_batchedtensor
+# Inside, an op runs its kernel, and records nothing for autograd.
+below_autograd = torch._C._AutoDispatchBelowAutograd
+# Whether the backward pass that runs now will come to a node.
+will_run_node = torch._C._will_engine_execute_node
 # Whether oneDNN multiplies matrices of these types with instructions for them on this CPU.
 multiplies_bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported
 multiplies_float16 = torch.ops.mkldnn._is_mkldnn_fp16_supported

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from metafast.ops import torch_internals
 from metafast.ops.attention.library import load_kernels
 from metafast.ops.attention.options import Told, to_op
 from metafast.ops.functions import Function, all_batched, batched, save
@@ -38,7 +39,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *told: *Told) -> Tensor
 class Attention(Function):
     @staticmethod
     def forward(query: Tensor, key: Tensor, value: Tensor, *told: *Told) -> tuple[Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
+        with torch_internals.below_autograd():
             return _ops.attention_forward(query, key, value, *to_op(told))
 
     @staticmethod
@@ -250,7 +251,7 @@ def _is_wanted(ctx: Any, position: int) -> bool:
         return False
     node = ctx.next_functions[sum(ctx.is_tensor[:position])][0]
     try:
-        return node is not None and torch._C._will_engine_execute_node(node)
+        return node is not None and torch_internals.will_run_node(node)
     except RuntimeError:
         # Torch does not say so of a leaf that autograd.grad is asked for.
         return True
