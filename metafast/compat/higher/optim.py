@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from metafast import inner
-from metafast.compat import one_task
+from metafast.compat import single_task_update
 from metafast.compat.higher.patch import Functional
 
 Override = dict[str, list[Any]]
@@ -146,12 +146,12 @@ class DifferentiableOptimizer:
             before = None
             if done and rule.keeps_state:
                 before = {name: [state[i][name] for i in members] for name in rule.state_names}
-            new, after = one_task.update(
+            new, after = single_task_update.update(
                 rule,
                 old,
                 [grads[indices[i]] for i in members],
                 before,
-                {name: one_task.broadcast(value, old) for name, value in rates.items()} or None,
+                {name: single_task_update.broadcast(value, old) for name, value in rates.items()} or None,
                 step=done,
             )
             for place, i in enumerate(members):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from metafast.acceleration import Names
-from metafast.compat import one_task
+from metafast.compat import single_task_update
 from metafast.compat.learn2learn.algorithms.base_learner import BaseLearner
 from metafast.compat.learn2learn.utils import Module, check_lengths, clone_module, update_module
 from metafast.inner import SGD
@@ -33,11 +33,11 @@ def maml_update(model: Module, lr: float | Tensor, grads: Sequence[Tensor | None
     if not pairs:
         return update_module(model)
     old = [p for p, _ in pairs]
-    rates = {"lr": one_task.broadcast(lr, old)} if isinstance(lr, Tensor) else None
+    rates = {"lr": single_task_update.broadcast(lr, old)} if isinstance(lr, Tensor) else None
     # Descending by a negative rate is ascending by its absolute value.
     number = 0.0 if isinstance(lr, Tensor) else float(lr)
     rule = SGD(lr=abs(number), maximize=number < 0)
-    new, _ = one_task.update(rule, old, [g for _, g in pairs], rates=rates)
+    new, _ = single_task_update.update(rule, old, [g for _, g in pairs], rates=rates)
     return update_module(model, memo=dict(zip(old, new, strict=True)))
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from metafast.acceleration import Names
-from metafast.compat import one_task
+from metafast.compat import single_task_update
 from metafast.compat.learn2learn.algorithms.base_learner import BaseLearner
 from metafast.compat.learn2learn.utils import Module, clone_module, update_module
 from metafast.inner import SGD
@@ -21,7 +21,7 @@ def meta_sgd_update(model: Module, lrs: Iterable[Tensor], grads: Sequence[Tensor
         return model
     old = [p for p, _, _ in triples]
     rates = {"lr": [a for _, a, _ in triples]}
-    new, _ = one_task.update(SGD(lr=0.0), old, [g for _, _, g in triples], rates=rates)
+    new, _ = single_task_update.update(SGD(lr=0.0), old, [g for _, _, g in triples], rates=rates)
     return update_module(model, memo=dict(zip(old, new, strict=True)))
 
 
