@@ -153,7 +153,7 @@ def test_task_weights_get_no_gradient(net, draw):
 
 def test_mappings_that_are_no_dicts(net, draw):
     batch = collections.UserDict(x=draw()[0])
-    with pytest.raises(TypeError, match=r"support: expected a dict of tensors, got a UserDict; pass dict\(support\)"):
+    with pytest.raises(TypeError, match=r"support: expected a dict of tensors, got UserDict; pass dict\(support\)"):
         maml(net)(batch, batch)
 
 
