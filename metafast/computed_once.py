@@ -35,6 +35,8 @@ _CHANGES = {
 }
 # They free graphs that results share.
 _FREES_GRAPHS = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
+# Devices with a mode that computes in half precision.
+_AUTOCAST = ("cpu", "cuda")
 _PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
@@ -110,7 +112,7 @@ class ComputedOnce(TorchFunctionMode):
         if self._stopped or self.paused:
             return function(*args, **kwargs)
         try:
-            key = (function, torch.is_grad_enabled(), *self._key(args), *self._key(kwargs))
+            key = self._call_key(function, args, kwargs)
             found = self._results.get(key)
             if found is not None:
                 return self._again(function, found)
@@ -122,9 +124,14 @@ class ComputedOnce(TorchFunctionMode):
         if watch.repeatable:
             # Of arguments that the call has written to, the key has become unknown.
             with contextlib.suppress(_UnknownError):
-                if key == (function, torch.is_grad_enabled(), *self._key(args), *self._key(kwargs)):
+                if key == self._call_key(function, args, kwargs):
                     self._results[key] = self._kept(result)
         return result
+
+    def _call_key(self, function: Any, args: Any, kwargs: Any) -> tuple[Any, ...]:
+        """What tells calls apart: the function, its arguments, and the modes that change results."""
+        modes = (torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in _AUTOCAST)
+        return (function, torch.is_grad_enabled(), *modes, *self._key(args), *self._key(kwargs))
 
     def _key(self, value: Any) -> Iterator[Any]:
         """What tells arguments apart.

@@ -71,6 +71,15 @@ class Switching(Net):
         return self.head(self.body(x) * scale + self.body(x).detach())
 
 
+class HalfPrecise(Net):
+    """The same functions of the same tensors inside of autocast and outside."""
+
+    def forward(self, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            rough = self.body(x)
+        return self.head(self.body(x) + 0.1 * rough.to(x.dtype))
+
+
 MODELS = {
     "plain": Net,
     "relu in place": lambda: Net(nn.ReLU(inplace=True)),
@@ -179,6 +188,22 @@ def draw_with(seed):
         torch.randn(TASKS, SHOTS, 4, generator=generator, dtype=torch.float64),
         torch.randint(3, (TASKS, SHOTS), generator=generator),
     )
+
+
+def test_autocast_is_another_call(generator):
+    """In float32, which autocast takes."""
+    batches = [
+        (torch.randn(TASKS, SHOTS, 4, generator=generator), torch.randint(3, (TASKS, SHOTS), generator=generator))
+        for _ in range(2)
+    ]
+    model = HalfPrecise()
+    metas = [learner(model, once=once) for once in (True, False)]
+    found = [meta_gradients(meta, *batches) for meta in metas]
+    (loss, gradients), (expected, expected_gradients) = found
+    assert torch.equal(loss, expected)
+    assert torch.equal(metas[0].outcome.support_losses, metas[1].outcome.support_losses)
+    # One backward pass through the body sums before bfloat16 rounds, several round before they are summed.
+    torch.testing.assert_close(gradients, expected_gradients, rtol=1e-2, atol=1e-4)
 
 
 def test_the_body_runs_once_for_all_steps(draw, caplog):
