@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_functorch = torch._C._functorch
+from metafast.ops import torch_internals
+
 logger = logging.getLogger("metafast")
 
 # They change what a tensor is, and neither its values nor its version.
@@ -60,6 +61,10 @@ class _Result(NamedTuple):
     value: Tensor
     dim: int | None
     version: int
+
+
+# In the place of a result that is no tensor, or another one at each call: neither is watched again.
+_ANEW = object()
 
 
 class _UnknownError(Exception):
@@ -114,17 +119,20 @@ class ComputedOnce(TorchFunctionMode):
         try:
             key = self._call_key(function, args, kwargs)
             found = self._results.get(key)
-            if found is not None:
+            if found is not None and found is not _ANEW:
                 return self._again(function, found)
         except _UnknownError:
+            return function(*args, **kwargs)
+        if found is _ANEW:
             return function(*args, **kwargs)
         watch = _Watch()
         with anew(), watch:
             result = function(*args, **kwargs)
-        if watch.repeatable:
-            # Of arguments that the call has written to, the key has become unknown.
-            with contextlib.suppress(_UnknownError):
-                if key == self._call_key(function, args, kwargs):
+        # Of arguments that the call has written to, the key has become unknown.
+        with contextlib.suppress(_UnknownError):
+            if key == self._call_key(function, args, kwargs):
+                self._results[key] = _ANEW
+                if watch.repeatable:
                     self._results[key] = self._kept(result)
         return result
 
@@ -186,7 +194,7 @@ class ComputedOnce(TorchFunctionMode):
         if kept.value._version != kept.version or self._versions.get(id(kept.value)) != kept.version:
             raise _UnknownError
         self.taken[getattr(function, "__name__", "?")] += 1
-        return kept.value if kept.dim is None else _functorch._add_batch_dim(kept.value, kept.dim, _level())
+        return kept.value if kept.dim is None else torch_internals.wrap_batched(kept.value, kept.dim, _level())
 
     def _know(self, tensor: Tensor) -> None:
         self._held.append(tensor)
@@ -217,20 +225,20 @@ class _Watch(TorchDispatchMode):
 
 
 def _unwrapped(tensor: Tensor) -> tuple[Tensor, int | None]:
-    if not _functorch.is_batchedtensor(tensor):
-        if _functorch.is_gradtrackingtensor(tensor) or _functorch.is_functionaltensor(tensor):
+    if not torch_internals.is_batched(tensor):
+        if torch_internals.is_tracking_gradients(tensor) or torch_internals.is_functional(tensor):
             raise _UnknownError
         return tensor, None
-    if _functorch.maybe_get_level(tensor) != _level():
+    if torch_internals.level_of(tensor) != _level():
         raise _UnknownError
-    value, dim = _functorch._unwrap_batched(tensor, _level())
-    if _functorch.is_functorch_wrapped_tensor(value):
+    value, dim = torch_internals.unwrap_batched(tensor, _level())
+    if torch_internals.is_wrapped(value):
         raise _UnknownError
     return value, dim
 
 
 def _level() -> int:
-    level = _functorch.maybe_current_level()
+    level = torch_internals.current_level()
     if level is None:
         raise _UnknownError
     return int(level)

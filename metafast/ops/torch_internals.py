@@ -27,6 +27,14 @@ enter_transform = _functorch.push_dynamic_layer_stack
 # A tensor of a vmap's level as the tensor that holds the batch, with the batch's dimension; and back.
 unwrap_batched = _functorch._unwrap_batched
 wrap_batched = _functorch._add_batch_dim
+# What a tensor is wrapped in: a vmap, forward or reverse mode of torch.func, functionalisation, any of these; and the level.
+is_batched = _functorch.is_batchedtensor
+is_tracking_gradients = _functorch.is_gradtrackingtensor
+is_functional = _functorch.is_functionaltensor
+is_wrapped = _functorch.is_functorch_wrapped_tensor
+level_of = _functorch.maybe_get_level
+# The level of the innermost transform; None outside of all.
+current_level = _functorch.maybe_current_level
 # What is in a wrapper whose transform is over.
 unwrap_if_dead = _functorch.unwrap_if_dead
 # Whether a tensor is of the older vmap, which torch.autograd.grad(is_grads_batched=True) uses.
