@@ -20,7 +20,7 @@ def rooted(x):
 
 def clipped(rule, grads):
     if rule.clip_norm is not None:
-        norm = torch.stack([g.square().sum() for g in grads]).sum().sqrt()
+        norm = rooted(torch.stack([g.square().sum() for g in grads]).sum())
         factor = (rule.clip_norm / (norm + 1e-6)).clamp(max=1.0)
         grads = [g * factor for g in grads]
     if rule.clip_value is not None:
