@@ -29,8 +29,8 @@ constexpr unsigned sums_of() {
   else return 0;
 }
 
-// Where it pays to go through two tasks at a time, the pointers to all rows are in registers. Sums are then read half as
-// often. With four, memory is slower again.
+// How many tasks a kernel that sums over tasks goes through at a time. Two read the sums half as often, and pay where the
+// pointers to all rows are in registers. With four, memory is slower again.
 template <class Rule>
 constexpr int kTogether = Rule::inputs + Rule::outputs <= 6 ? 2 : 1;
 
@@ -84,7 +84,7 @@ template <class Rule, class C>
 KernelsIn<C> kernels_in() {
   constexpr unsigned sums = sums_of<Rule>();
   constexpr int together = kTogether<Rule>;
-  KernelsIn<C> found{{kernel<Rule, 0, 1, C>(), kernel<Rule, 0, together, C>()}, {}};
+  KernelsIn<C> found{kernel<Rule, 0, 1, C>(), {}};
   if constexpr (sums != 0) {
     found.summing[0] = kernel<Rule, sums, 1, C>();
     found.summing[1] = kernel<Rule, sums, together, C>();

@@ -126,10 +126,10 @@ METAFAST_INLINE void direct_chunk(const Rule<C>& rule, const Item& item, unsigne
     out_step[o] = sum ? 0 : item.elements;
     if (sum) std::fill_n(out[o], end - begin, C(0));
   }
-  const Kernel<C>* const kernels = summed ? rule.kernels.summing : rule.kernels.each;
   for (int64_t task = 0; task < item.tasks;) {
-    const int64_t tasks = std::min<int64_t>(rule.together, item.tasks - task);
-    kernels[tasks - 1](rule.coefficients, in, in_step, out, out_step, end - begin);
+    const int64_t tasks = summed ? std::min<int64_t>(rule.together, item.tasks - task) : 1;
+    const Kernel<C> kernel = summed ? rule.kernels.summing[tasks - 1] : rule.kernels.each;
+    kernel(rule.coefficients, in, in_step, out, out_step, end - begin);
     for (size_t i = 0; i < item.in.size(); ++i) in[i] += tasks * in_step[i];
     for (size_t o = 0; o < item.out.size(); ++o) out[o] += tasks * out_step[o];
     task += tasks;
@@ -176,7 +176,7 @@ METAFAST_INLINE void chunk(const Rule<C>& rule, const Item& item, int64_t begin,
     some_made |= out[o] == made[o] && !moves;
     if (keep == Keep::task_sum) std::fill_n(sums + o * kRow, end - begin, C(0));
   }
-  const Kernel<C> kernel = summed ? rule.kernels.summing[0] : rule.kernels.each[0];
+  const Kernel<C> kernel = summed ? rule.kernels.summing[0] : rule.kernels.each;
   for (int64_t task = 0; task < item.tasks; ++task) {
     const int64_t row = task * item.elements;
     for (size_t i = 0; i < inputs; ++i)

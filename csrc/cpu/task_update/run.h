@@ -16,14 +16,15 @@ template <class C>
 using Kernel = void (*)(const void* coefficients, const C* const* inputs, const int64_t* input_steps, C* const* outputs,
                         const int64_t* output_steps, int64_t n);
 
-// Kernels for one task and for two: `each` write every output, `summing` add the outputs that the rule sums to what is there.
+// `each` writes every output, for one task. `summing`, for one task and for two, add the outputs that the rule sums to what is
+// there.
 template <class C>
 struct KernelsIn {
-  Kernel<C> each[2], summing[2];
+  Kernel<C> each, summing[2];
 };
 
 // The kernels of a rule. `sums` is a bit for each output that the rule sums; `together`, one or two, how many tasks are best
-// gone through at a time.
+// summed over at a time.
 struct Kernels {
   unsigned sums;
   int together;
