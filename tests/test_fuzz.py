@@ -12,6 +12,7 @@ import math
 import os
 import warnings
 
+import pytest
 import torch
 import torch.nn.functional as F
 from differential import difference
@@ -22,6 +23,7 @@ from random_models import TASKS, WAYS, Loss, batch, models
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import metafast
+from metafast.engine import embedding_rows
 from metafast.inner import SGD, Adam, AdamW, RMSprop
 from metafast.program import NotRecordableError
 
@@ -112,6 +114,14 @@ def outcome(meta, batches, task_weights):
         if p.requires_grad
     }
     return loss.detach(), gradients, dict(meta.model.named_buffers())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tables_are_large():
+    """The rows of small embeddings are adapted by themselves, too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(embedding_rows, "LEAST_ROWS", 1)
+        yield
 
 
 @fuzz

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from abc import abstractmethod
 from collections.abc import Iterator
-from typing import Any, Literal, TypedDict
+from typing import Any, ClassVar, Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,15 @@ from torch.utils import _pytree as pytree
 from metafast.computed_once import computing_once
 from metafast.engine.adapted_parameters import AdaptedParameters, ParameterSplit, Selection
 from metafast.engine.capture import Capture
+from metafast.engine.embedding_rows import (
+    Rows,
+    TaskParams,
+    WholeTableError,
+    no_rows,
+    refuse_missed,
+    tables_by_rows,
+    watching_for_missed,
+)
 from metafast.engine.finite import check_finite
 from metafast.engine.inference_mode import outside_inference_mode, usable
 from metafast.engine.inner_loop import Adapted, InnerLoop, Losses, Start
@@ -34,6 +44,8 @@ from metafast.engine.task_batch import (
 )
 from metafast.engine.task_model import TaskLosses, TaskModel
 from metafast.inner import Rule
+
+logger = logging.getLogger("metafast")
 
 
 class Options(TypedDict, total=False):
@@ -109,6 +121,8 @@ class MetaLearner(nn.Module):
 
     # A loss may hold its learner, whose attributes are no state of the model.
     is_meta_learner = True
+    adapts_rows: ClassVar[bool] = False
+    """Whether the algorithm takes ``Rows`` in the place of adapted embeddings (:mod:`metafast.engine.embedding_rows`)."""
 
     def __init__(
         self,
@@ -162,6 +176,8 @@ class MetaLearner(nn.Module):
         self._use_task_model(model, task_batching)
         self._step = Step(self, Capture(self, ("model", "loss_fn")))
         self._graphs_fit: dict[Any, bool] = {}
+        # Names of embeddings that are adapted as a whole. Programs depend on it.
+        self._whole_tables: tuple[str, ...] = ()
 
     @property
     def order(self) -> int:
@@ -209,10 +225,11 @@ class MetaLearner(nn.Module):
         tasks = count_tasks(support, "support")
         check_support_steps(support, steps)
 
-        def adapted(support: Any) -> Adapted:
-            with self.computing_once(support):
+        def adapted(support: Any) -> tuple[Adapted, dict[str, list[Tensor]]]:
+            with self.computing_once(support), watching_for_missed() as missed:
                 start = self.start(support)
-                return self.inner_loop(start, order=1).run(start, support, count_tasks(support, "support"), steps)
+                loop = self.inner_loop(start, order=1)
+                return loop.run(start, support, count_tasks(support, "support"), steps), missed
 
         def in_chunks() -> Adapted:
             size = self.tasks_per_chunk or tasks
@@ -220,17 +237,28 @@ class MetaLearner(nn.Module):
             for first in range(0, tasks, size):
                 chunk = select_tasks(support, slice(first, first + size))
                 with Buffers(self.model).scratch():
-                    found.append(self._step.replay_or_compute(f"adapt {steps}", adapted, chunk, update_buffers=False))
+                    of_chunk, missed = self._step.replay_or_compute(
+                        f"adapt {steps}", adapted, chunk, update_buffers=False
+                    )
+                    refuse_missed(missed)
+                    found.append(of_chunk)
             return found[0] if len(found) == 1 else Adapted.joined(found)
 
         params, losses = self._step.in_order(in_chunks)
         check_finite(losses, None)
         # The shared parameters themselves, of which a replay would give copies.
-        shared = self._names_for_tasks(self.split_parameters().shared)
+        split = self.split_parameters()
+        shared = self._names_for_tasks(split.shared)
+        # Rows that a task has not adapted stay what they are now.
+        tables = {
+            name: p.clone()
+            for name, p in self._names_for_tasks(split.adapted).items()
+            if isinstance(params[name], Rows)
+        }
         return Learners(
             self._task_model,
-            {name: p.detach() for name, p in params.items()},
-            {name: p.detach() for name, p in shared.items()},
+            pytree.tree_map(torch.detach, params),
+            {name: p.detach() for name, p in {**shared, **tables}.items()},
         )
 
     @abstractmethod
@@ -247,7 +275,9 @@ class MetaLearner(nn.Module):
         """The start of the inner loop: by default the model's parameters, for all tasks."""
         adapted, shared = self.split_parameters()
         self.rates.check_names(self._rated(adapted))
-        return Start(params=adapted, shared=shared, rates=self.rates)
+        tables = self._tables(adapted)
+        shared = {**shared, **{name: adapted[name] for name in adapted if name in tables}}
+        return Start(params=adapted, shared=shared, rates=self.rates, tables=tables)
 
     def inner_losses(self, start: Start) -> Losses:
         """The losses that the inner loop minimises: by default ``loss_fn`` on the support set."""
@@ -272,9 +302,28 @@ class MetaLearner(nn.Module):
     def first_forward(self, support: Any) -> frozenset[str]:
         """Runs the tasks' losses once, before a first recording. Returns the attributes that calls leave the same."""
         start = self.start(support)
-        params = InnerLoop.unadapted(start, count_tasks(support, "support"))
+        tasks = count_tasks(support, "support")
+        # Finds out, too, whether the model reads its embeddings otherwise than row by row.
+        tables = {name: no_rows(start.params[name], tasks) for name in start.tables}
+        params: TaskParams = {**InnerLoop.unadapted(start, tasks), **tables}
         self.task_losses.compute(params, start.shared, support_at(support, 0))
         return self.task_losses.settled
+
+    def adapt_whole(self, error: WholeTableError) -> None:
+        """From now on the inner loop adapts this embedding as a whole."""
+        assert error.name not in self._whole_tables
+        logger.info("%s", error)
+        self._whole_tables = (*self._whole_tables, error.name)
+
+    def _tables(self, adapted: Params) -> frozenset[str]:
+        """The embeddings of which the inner loop adapts the rows that are looked up."""
+        # Parts of a support set look up rows of their own.
+        if not self.adapts_rows or self.micro_batches > 1:
+            return frozenset()
+        names = tables_by_rows(self.model, adapted, self.inner)
+        return frozenset(
+            name for name in names if not set(self._whole_tables) & self._names_for_tasks({name: adapted[name]}).keys()
+        )
 
     @contextlib.contextmanager
     def computing_once(self, *batches: Any) -> Iterator[None]:

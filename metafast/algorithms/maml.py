@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from metafast.algorithms.learner import MetaLearner, Options
+from metafast.engine.embedding_rows import TaskParams
 from metafast.engine.inner_loop import InnerLoop, Start
 from metafast.engine.step import TaskResults
 from metafast.engine.task_batch import LossFn, Params
@@ -33,6 +34,8 @@ class MAML(MetaLearner):
         TypeError, ValueError: an argument is not as described; the message names it.
         FloatingPointError: from a call, when a loss is not finite; the message names task and step.
     """
+
+    adapts_rows = True
 
     def __init__(
         self,
@@ -65,7 +68,7 @@ class MAML(MetaLearner):
     def _multi_step(
         self, loop: InnerLoop, start: Start, support: Any, query: Any, tasks: int, weights: Sequence[float]
     ) -> TaskResults:
-        def query_losses(inputs: tuple[Params, Params], create_graph: bool) -> Tensor:
+        def query_losses(inputs: tuple[TaskParams, Params], create_graph: bool) -> Tensor:
             return self.task_losses.compute(*inputs, query)[0]
 
         weighted, support_losses = [], []

@@ -67,6 +67,7 @@ class ProtoMAML(MAML):
             shared=self._names_for_tasks(start.shared),
             own={"weight": 2 * prototypes, "bias": -prototypes.square().sum(-1)},
             rates=start.rates,
+            tables=frozenset(of_body({name: start.params[name] for name in start.tables})),
         )
 
     def _names_for_tasks(self, params: Params) -> Params:

@@ -18,10 +18,12 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from metafast.computed_once import once
+from metafast.engine.embedding_rows import Found, Lookups, Rows, TaskParams, grown, looking_up, no_rows
 from metafast.engine.recompute_step import Recomputable, recomputed
-from metafast.engine.task_batch import Params, micro_batches, support_at
+from metafast.engine.task_batch import Params, PerStep, micro_batches, support_at
 from metafast.inner import Rule
 from metafast.ops.task_update import task_update
 
@@ -31,7 +33,7 @@ class Losses(Protocol):
 
     model: nn.Module
 
-    def compute(self, own: Params, shared: Params, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    def compute(self, own: TaskParams, shared: Params, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Losses ``[T]`` and metrics at parameters ``[T, *shape]`` (own) and ``[*shape]`` (shared)."""
         ...
 
@@ -50,15 +52,18 @@ def no_rates(step: int) -> dict[str, Any]:
 
 
 class Adapted(NamedTuple):
-    """The result of the inner loop: parameters ``[T, *shape]`` by name, and the support losses ``[K, T]`` of each step."""
+    """The result of the inner loop: parameters ``[T, *shape]`` by name, and the support losses ``[K, T]`` of each step.
 
-    params: Params
+    Of the parameters that :attr:`Start.tables` names there are :class:`~metafast.engine.embedding_rows.Rows`.
+    """
+
+    params: TaskParams
     losses: Tensor
 
     @staticmethod
     def joined(chunks: Sequence[Adapted]) -> Adapted:
         """The result for all tasks, from the results for chunks of them."""
-        params = {name: torch.cat([chunk.params[name] for chunk in chunks]) for name in chunks[0].params}
+        params = pytree.tree_map(lambda *parts: torch.cat(parts), *(chunk.params for chunk in chunks))
         return Adapted(params, torch.cat([chunk.losses for chunk in chunks], dim=1))
 
 
@@ -71,12 +76,15 @@ class Start:
         shared: other parameters, ``[*shape]``. The losses depend on them; no step changes or copies them.
         own: further parameters to adapt, ``[T, *shape]``: one per task from the start.
         rates: the learned rates of a step, by its number.
+        tables: names among ``params`` of embeddings of which the rows that are looked up are adapted. ``shared`` holds them
+            too: other rows are read there.
     """
 
     params: Params
     shared: Params = field(default_factory=dict)
     own: Params = field(default_factory=dict)
     rates: RatesAt = no_rates
+    tables: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -105,15 +113,19 @@ class InnerLoop:
         for after, step_losses in self.steps(start, support, tasks, steps):
             params = after
             losses.append(step_losses)
-        device = next(iter(params.values())).device
+        device = pytree.tree_leaves(params)[0].device
         return Adapted(params, torch.stack(losses) if losses else torch.empty(0, tasks, device=device))
 
-    def steps(self, start: Start, support: Any, tasks: int, steps: int) -> Iterator[tuple[Params, Tensor]]:
+    def steps(self, start: Start, support: Any, tasks: int, steps: int) -> Iterator[tuple[TaskParams, Tensor]]:
         """Per step: the parameters ``[T, *shape]`` after it, and the support losses ``[T]`` before it, without a graph."""
-        params: Params = {**start.params, **start.own}
+        tables = {name: no_rows(start.params[name], tasks) for name in start.tables}
+        params: TaskParams = {**start.params, **start.own, **tables}
         state: dict[str, Params] = {}
         for number in range(steps):
-            step = functools.partial(self._step, support_at(support, number), tasks, number, frozenset(start.own))
+            growing = number == 0 or isinstance(support, PerStep)
+            step = functools.partial(
+                self._step, support_at(support, number), tasks, number, frozenset(start.own), growing
+            )
             inputs = (params, state, start.shared, start.rates(number))
             params, state, losses = self.differentiable(step, inputs)
             yield params, losses.detach()
@@ -136,9 +148,10 @@ class InnerLoop:
         tasks: int,
         number: int,
         own: frozenset[str],
-        inputs: tuple[Params, dict[str, Params], Params, dict[str, Any]],
+        growing: bool,
+        inputs: tuple[TaskParams, dict[str, Params], Params, dict[str, Any]],
         create_graph: bool,
-    ) -> tuple[Params, dict[str, Params], Tensor]:
+    ) -> tuple[TaskParams, dict[str, Params], Tensor]:
         """One step as a function of tensors alone: parameters, state and rates in, the next ones and the losses out.
 
         Args:
@@ -146,45 +159,88 @@ class InnerLoop:
             tasks: their number.
             number: number of the step, from 0.
             own: names of the parameters that are one per task before the first step.
+            growing: whether rows of embeddings are looked up that no step before has looked up.
             inputs: parameters to adapt, the rule's state, shared parameters, rates.
             create_graph: whether the inner gradients get a graph.
         """
         params, state, shared, rates = inputs
         # The first step's parameters are shared: every task sees them, and has a gradient of its own, through a view.
-        at = {name: p.expand(tasks, *p.shape) if number == 0 and name not in own else p for name, p in params.items()}
-        losses, grads = self._gradients(batch, (at, shared), create_graph)
-        params, state = task_update(self.rule, params, grads, state or None, rates=rates or None, step=number)
-        return params, state, losses.detach()
+        at: TaskParams = {
+            name: p if isinstance(p, Rows) or number > 0 or name in own else p.expand(tasks, *p.shape)
+            for name, p in params.items()
+        }
+        lookups = Lookups(growing) if any(isinstance(p, Rows) for p in at.values()) else None
+        losses, grads, found = self._gradients(batch, (at, shared), create_graph, lookups)
+        tensors, ids = dict[str, Tensor](), dict[str, Tensor]()
+        for name, p in params.items():
+            if not isinstance(p, Rows):
+                tensors[name] = p
+                continue
+            if growing:
+                states = [state[key][name] for key in state]
+                p, grads[name], states = grown(p, shared[name], found.get(name, []), states, in_graph=create_graph)
+                state = {key: {**state[key], name: tensor} for key, tensor in zip(state, states, strict=True)}
+            tensors[name], ids[name] = p
+        tensors, state = task_update(self.rule, tensors, grads, state or None, rates=rates or None, step=number)
+        return {n: Rows(p, ids[n]) if n in ids else p for n, p in tensors.items()}, state, losses.detach()
 
-    def _gradients(self, batch: Any, at: tuple[Params, Params], create_graph: bool) -> tuple[Tensor, Params]:
-        """Every task's loss and gradient on its support set."""
+    def _gradients(
+        self, batch: Any, at: tuple[TaskParams, Params], create_graph: bool, lookups: Lookups | None
+    ) -> tuple[Tensor, Params, dict[str, list[Found]]]:
+        """Every task's loss and gradient on its support set, and the rows of embeddings that are looked up."""
         if self.micro_batches == 1:
-            return self._gradient(batch, at, create_graph)
+            return self._gradient(batch, lookups, at, create_graph)
         # Mean losses of parts, and their gradients, weighted by the examples in them, add up to those of the whole.
         losses, grads = [], []
         for share, part in micro_batches(batch, self.micro_batches):
-            gradient = functools.partial(self._gradient, part)
+            gradient = functools.partial(self._gradient, part, None)
             if create_graph and self.checkpoint:
-                part_losses, part_grads = recomputed(gradient, at, self.losses.model)
+                part_losses, part_grads, _ = recomputed(gradient, at, self.losses.model)
             else:
-                part_losses, part_grads = gradient(at, create_graph)
+                part_losses, part_grads, _ = gradient(at, create_graph)
             losses.append(share * part_losses)
             grads.append({name: share * grad for name, grad in part_grads.items()})
-        return torch.stack(losses).sum(0), {name: sum(part[name] for part in grads) for name in grads[0]}
+        return torch.stack(losses).sum(0), {name: sum(part[name] for part in grads) for name in grads[0]}, {}
 
-    def _gradient(self, batch: Any, inputs: tuple[Params, Params], create_graph: bool) -> tuple[Tensor, Params]:
-        """Every task's loss and gradient on a batch."""
+    def _gradient(
+        self, batch: Any, lookups: Lookups | None, inputs: tuple[TaskParams, Params], create_graph: bool
+    ) -> tuple[Tensor, Params, dict[str, list[Found]]]:
+        """Every task's loss and gradient on a batch.
+
+        Of embeddings whose rows are adapted, the gradient is that by the rows: in the third result where ``lookups`` grows.
+        """
         at, shared = inputs
         if not create_graph:
             with once():
                 shared = {name: p.detach() for name, p in shared.items()}
         if not torch.is_grad_enabled():
-            at = {name: p.detach().requires_grad_() for name, p in at.items()}
-        with torch.enable_grad():
+            at = pytree.tree_map(lambda p: p.detach().requires_grad_(p.is_floating_point()), at)
+        leaves = {name: p.values if isinstance(p, Rows) else p for name, p in at.items()}
+        if lookups is not None and lookups.growing:
+            grown_names = [name for name, p in at.items() if isinstance(p, Rows)]
+            shared = {**shared, **{name: _tracked(shared[name]) for name in grown_names}}
+            leaves = {name: p for name, p in leaves.items() if name not in grown_names}
+        with torch.enable_grad(), looking_up(lookups):
             losses, _ = self.losses.compute(at, shared, batch)
-            grads = torch.autograd.grad(losses.sum(), list(at.values()), create_graph=create_graph, allow_unused=True)
+            rows = []
+            if lookups is not None:
+                lookups.finish()
+                rows = lookups.leaves()
+            grads = torch.autograd.grad(
+                losses.sum(), [*leaves.values(), *rows], create_graph=create_graph, allow_unused=True
+            )
+        found = {}
+        if lookups is not None:
+            found = lookups.found(grads[len(leaves) :])
+            lookups.report()
         # A parameter that the loss does not reach has the gradient 0, and stays.
-        return losses.detach(), {
+        own = {
             name: torch.zeros_like(p) if grad is None else grad
-            for (name, p), grad in zip(at.items(), grads, strict=True)
+            for (name, p), grad in zip(leaves.items(), grads[: len(leaves)], strict=True)
         }
+        return losses.detach(), own, found
+
+
+def _tracked(weight: Tensor) -> Tensor:
+    """The weight, so that rows of it are in a graph."""
+    return weight if weight.requires_grad else weight.detach().requires_grad_()

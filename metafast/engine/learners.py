@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import inspect
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from metafast.engine.embedding_rows import Rows, TaskParams
 from metafast.engine.inference_mode import outside_inference_mode, usable
 from metafast.engine.module_attributes import tensors_in
 from metafast.engine.task_batch import Params, count_tasks
@@ -22,14 +23,24 @@ class Learners:
     ``learners(inputs)`` runs every task's model on its own inputs. ``learners.model(task)`` is one of them as a module, to
     be saved or to generate text with.
 
-    Attributes:
-        params: adapted parameters by name, ``[T, *shape]``, without a graph. All else is the model's own and no copy.
+    All that is not adapted is the model's own and no copy.
     """
 
-    def __init__(self, function: TaskModel, params: Params, shared: Params) -> None:
-        self.params = params
+    def __init__(self, function: TaskModel, params: TaskParams, shared: Params) -> None:
+        self._params = params
         self._function = function
         self._shared = shared
+
+    @property
+    def params(self) -> Params:
+        """Adapted parameters by name, ``[T, *shape]``, without a graph.
+
+        Of large embeddings the learners hold the rows that were adapted; asked for this, every task's whole table.
+        """
+        for name, p in self._params.items():
+            if isinstance(p, Rows):
+                self._params[name] = p.tables(self._shared[name])
+        return cast(Params, self._params)
 
     def __call__(self, *inputs: Any, **options: Any) -> Any:
         """Outputs of every task's model, with the task as first dimension.
@@ -54,7 +65,8 @@ class Learners:
         }
         given = {"inputs": inputs, **named} if inputs or not named else named
         counts = {name: count_tasks(value, name) for name, value in given.items()}
-        expected = next(iter(self.params.values())).shape[0] if self.params else next(iter(counts.values()))
+        adapted = pytree.tree_leaves(self._params)
+        expected = adapted[0].shape[0] if adapted else next(iter(counts.values()))
         for name, tasks in counts.items():
             if tasks != expected:
                 raise ValueError(f"{name}: expected {expected} tasks, as many as were adapted to, got {tasks}")
@@ -67,7 +79,7 @@ class Learners:
                 )
         if "use_cache" in inspect.signature(self._function.module.forward).parameters:
             same.setdefault("use_cache", False)
-        return self._function.compute(self.params, self._shared, inputs, named, same)
+        return self._function.compute(self._params, self._shared, inputs, named, same)
 
     def model(self, task: int) -> nn.Module:
         """A copy of the model with the parameters of one task.
@@ -85,11 +97,15 @@ class Learners:
     def _copy(self, task: int) -> nn.Module:
         module = copy.deepcopy(self._function.module)
         params = dict(module.named_parameters())
-        if missing := sorted(set(self.params) - set(params)):
+        if missing := sorted(set(self._params) - set(params)):
             raise ValueError(
                 f"model: the learners have {', '.join(missing)} beside the model's parameters; call them instead"
             )
         with torch.no_grad():
-            for name, values in self.params.items():
-                params[name].copy_(values[task])
+            for name, values in self._params.items():
+                if isinstance(values, Rows):
+                    of_task = Rows(*(part[task : task + 1] for part in values))
+                    params[name].copy_(of_task.tables(self._shared[name])[0])
+                else:
+                    params[name].copy_(values[task])
         return module

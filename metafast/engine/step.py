@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from metafast.engine.capture import Capture
+from metafast.engine.embedding_rows import WholeTableError, refuse_missed, watching_for_missed
 from metafast.engine.finite import check_finite, describe_not_finite, finite_tasks
 from metafast.engine.precomputed_gradients import with_precomputed_gradients
 from metafast.engine.reduction import Ranks, check_weights
@@ -89,6 +90,8 @@ class Learner(Protocol):
 
     def choose_memory(self, support: Any, tasks: int) -> None: ...
 
+    def adapt_whole(self, error: WholeTableError) -> None: ...
+
 
 class Step:
     """The calls of a meta-learner.
@@ -114,15 +117,22 @@ class Step:
             return total / ranks.divisor(weights)
 
     def in_order(self, call: Callable[[], Any]) -> Any:
-        """``call()``; where the order of the model's calls matters, it is repeated with one task after another."""
+        """``call()``, repeated where it finds out that it has to be made in another way.
+
+        Where the order of the model's calls matters, with one task after another; where rows of an embedding cannot be
+        adapted alone, with the whole of it.
+        """
         before = StateBefore(self._learner.model, self._learner.device)
-        try:
-            return call()
-        except OrderMattersError as error:
-            before.restore()
-            logger.warning("%s; it is set", error)
-            self._learner.tasks_per_chunk = 1
-        return call()
+        while True:
+            try:
+                return call()
+            except OrderMattersError as error:
+                before.restore()
+                logger.warning("%s; it is set", error)
+                self._learner.tasks_per_chunk = 1
+            except WholeTableError as error:
+                before.restore()
+                self._learner.adapt_whole(error)
 
     def _over_finite_tasks(self, support: Any, query: Any, weights: Tensor) -> tuple[Tensor, Tensor]:
         """The weighted sum of the losses of all tasks whose losses are finite, and the weights of these tasks."""
@@ -153,7 +163,9 @@ class Step:
         tasks = len(weights)
         size = self._learner.tasks_per_chunk or tasks
         if size >= tasks and not self._learner.capture:
-            return self._weighted(support, query, weights)
+            total, results, missed = self._weighted(support, query, weights)
+            refuse_missed(missed)
+            return total, results
         if torch.is_grad_enabled() and any(
             leaf.requires_grad for leaf in pytree.tree_leaves((support, query)) if leaf is not None
         ):
@@ -182,23 +194,24 @@ class Step:
 
         def step(
             support: Any, query: Any, weights: Tensor
-        ) -> tuple[Tensor, dict[str, dict[str, Tensor | None]], TaskResults]:
-            total, results = self._weighted(support, query, weights)
+        ) -> tuple[Tensor, dict[str, dict[str, Tensor | None]], TaskResults, dict[str, list[Tensor]]]:
+            total, results, missed = self._weighted(support, query, weights)
             params = self._learner.trained_parameters()
             if not total.requires_grad:
-                return total, {"gradient": dict.fromkeys(params)}, results
+                return total, {"gradient": dict.fromkeys(params)}, results, missed
             leaves = list(params.values())
             # A recording refuses untracked leaves by itself.
             found = [] if self._learner.capture else find_untracked([total], leaves)
             grads = torch.autograd.grad(total, leaves, allow_unused=True)
             total = total.detach()
             refuse_untracked(found, "tasks_per_chunk")
-            return total, {"gradient": dict(zip(params, grads, strict=True))}, results
+            return total, {"gradient": dict(zip(params, grads, strict=True))}, results, missed
 
         if self._learner.capture:
             # Depends on the memory that is free, which a recording cannot ask for.
             self._learner.choose_memory(support, len(weights))
-        total, gradients, results = self.replay_or_compute("step", step, support, query, weights)
+        total, gradients, results, missed = self.replay_or_compute("step", step, support, query, weights)
+        refuse_missed(missed)
         return total, list(gradients["gradient"].values()), results
 
     def replay_or_compute(
@@ -231,12 +244,14 @@ class Step:
             before.restore()
         self._ran_before_recording = True
 
-    def _weighted(self, support: Any, query: Any, weights: Tensor) -> tuple[Tensor, TaskResults]:
-        """The weighted sum of losses with its graph, and the results of the tasks."""
-        with self._learner.computing_once(support, query):
+    def _weighted(
+        self, support: Any, query: Any, weights: Tensor
+    ) -> tuple[Tensor, TaskResults, dict[str, list[Tensor]]]:
+        """The weighted sum of losses with its graph, the results of the tasks, and whether rows were missed."""
+        with self._learner.computing_once(support, query), watching_for_missed() as missed:
             results = self._learner.task_results(support, query, len(weights))
         total = (results.losses * weights.to(results.losses.dtype)).sum()
-        return total, results.without_graph()
+        return total, results.without_graph(), missed
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:

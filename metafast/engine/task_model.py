@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from metafast.acceleration import accelerated_thread, replaced_names
 from metafast.computed_once import anew, once
+from metafast.engine.embedding_rows import TaskParams, current_lookups, repeating_lookups, with_tables
 from metafast.engine.placed_tensors import placed
 from metafast.engine.recompute_in_model import recomputed_with
 from metafast.engine.replay_state import written_parameters
@@ -79,7 +80,7 @@ class TaskModel:
 
     def compute(
         self,
-        own: Params,
+        own: TaskParams,
         shared: Params,
         inputs: tuple[Any, ...],
         named: dict[str, Any] | None = None,
@@ -88,15 +89,16 @@ class TaskModel:
         """Outputs, task dimension first.
 
         Args:
-            own: parameters (or buffers) ``[T, *shape]`` of each task.
-            shared: parameters ``[*shape]`` that stand in for the module's, the same for all tasks.
+            own: parameters (or buffers) ``[T, *shape]`` of each task, or rows of embeddings.
+            shared: parameters ``[*shape]`` that stand in for the module's, the same for all tasks; those too of which
+                ``own`` has rows.
             inputs: positional arguments, task dimension first.
             named: keyword arguments, task dimension first.
             options: keyword arguments that are the same for all tasks.
         """
 
-        def one(own: Params, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
-            return self._one({**shared, **own}, inputs, {**named, **(options or {})})
+        def one(own: TaskParams, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
+            return self._one(with_tables(own, shared, self._prefix), inputs, {**named, **(options or {})})
 
         call = _Call(one, (own, inputs, named or {}), shared)
         with accelerated_thread(self._names), once():
@@ -168,7 +170,6 @@ class TaskModel:
         self._batching = "loop"
 
     def _one(self, params: Params, inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        params = {self._prefix + name: value for name, value in params.items()}
         with recomputed_with(self.module, params, self._names), placed(self.module, dict(params)):
             return self.module(*inputs, **options)
 
@@ -190,7 +191,11 @@ class TaskModel:
         tasks = zip(*(self._tasks_of(leaf) for leaf in leaves), strict=True)
         written = self._written_weights()
         results = []
+        if (lookups := current_lookups()) is not None:
+            lookups.start()
         for number, task in enumerate(tasks):
+            if lookups is not None:
+                lookups.next_task()
             own, *others = pytree.tree_unflatten(list(task), structure)
             tables = {name: call.table(name, weight, number) for name, weight in written.items()}
             # The write would invalidate the graphs of the tasks before, and those of views.
@@ -207,7 +212,7 @@ class TaskModel:
     def _written_weights(self) -> Params:
         return {name.removeprefix(self._prefix): p for name, p in written_parameters(self.module).items()}
 
-    def _write_reason(self, own: Params) -> str | None:
+    def _write_reason(self, own: TaskParams) -> str | None:
         """Why tasks cannot run side by side where ``max_norm`` writes to a table that all tasks share; None if none does."""
         written = [name for name in self._written_weights() if name in own and own[name].stride(0) == 0]
         return f"its max_norm lets each call write to the parameter {written[0]}" if written else None
@@ -228,7 +233,7 @@ class TaskModel:
 
 def _again(function: Callable[[_Call], Any], call: _Call) -> Any:
     """``function(call)`` to see what a further call leaves on the model, so with all of its computations."""
-    with anew():
+    with anew(), repeating_lookups():
         return function(call)
 
 
@@ -243,7 +248,7 @@ class _Call:
     """
 
     one: Callable[..., Any]
-    arguments: tuple[Params, tuple[Any, ...], dict[str, Any]]
+    arguments: tuple[TaskParams, tuple[Any, ...], dict[str, Any]]
     shared: Params
 
     def table(self, name: str, weight: Tensor, task: int) -> Tensor:
@@ -255,6 +260,9 @@ class _Call:
 def _side_by_side(call: _Call) -> Any:
     """All tasks under vmap."""
     forms: list[Form] = []
+    if (lookups := current_lookups()) is not None:
+        lookups.start()
+        lookups.next_task()
 
     def tensors(*arguments: Any) -> list[Tensor]:
         leaves, form = taken_apart(call.one(*arguments))
@@ -320,7 +328,7 @@ class TaskLosses:
         """As for :class:`TaskModel`."""
         return self._model.settled
 
-    def compute(self, own: Params, shared: Params, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    def compute(self, own: TaskParams, shared: Params, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Losses ``[T]`` and metrics ``[T, ...]`` at parameters ``[T, *shape]`` (own) and ``[*shape]`` (shared), by name."""
         losses, metrics = self._model.compute(own, shared, (batch,))
         return losses, metrics
