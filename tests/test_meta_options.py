@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint as model_checkpoint
 
 import metafast
+from metafast.algorithms import learner as learners
 from metafast.engine import memory_budget as memory
 from metafast.inner import SGD
 
@@ -222,6 +223,56 @@ def test_auto_decides_from_memory_and_says_so(net, draw, monkeypatch, caplog, fr
     assert ("_RecomputedBackward" in names) == checkpointed
     expected = query_losses(net, loss_fn, support, query, STEPS, LR).mean()
     assert distance([p.grad for p in net.parameters()], gradients(expected, net.parameters())) < 1e-9
+
+
+@pytest.fixture
+def large_tensors(monkeypatch):
+    """Any tensor counts as large."""
+    monkeypatch.setattr(learners, "LARGE_PARAMETERS", 0)
+    monkeypatch.setitem(memory.LARGE_GRAPH, "cpu", 1)
+
+
+@pytest.mark.parametrize("options", [{}, {"checkpoint": True}, {"capture": True}, {"task_batching": "loop"}], ids=str)
+def test_large_tasks_run_in_chunks(net, draw, large_tensors, caplog, options):
+    batches = draw(4), draw(4)
+    expected = meta_gradients(maml(net, tasks_per_chunk=None), *batches)
+    meta = maml(net, **options)
+    with caplog.at_level(logging.INFO, "metafast"):
+        for _ in range(2):
+            loss, found = meta_gradients(meta, *batches)
+            assert distance([loss, *found], [expected[0], *expected[1]]) < 1e-10
+    tasks = len(batches[0][0])
+    assert caplog.text.count(f"1 of {tasks} tasks run side by side") == 1
+    assert caplog.text.count("recorded") == (1 if options.get("capture") else 0)
+
+
+def test_as_many_side_by_side_as_are_small(net, draw, large_tensors, monkeypatch, caplog):
+    step = memory.graph_bytes
+    monkeypatch.setattr(memory, "graph_bytes", lambda function: [step(function), 100][1])
+    batches = draw(4), draw(4)
+    for large, free, number in ((150, 10**9, 2), (10**6, 10**9, len(batches[0][0])), (10**6, 2 * 3 * 100 * 2, 2)):
+        monkeypatch.setitem(memory.LARGE_GRAPH, "cpu", large)
+        monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: free)
+        assert maml(net).chunk_size(*batches, len(batches[0][0])) == number
+
+
+def test_what_cannot_run_in_chunks_runs_side_by_side(net, draw, large_tensors):
+    """Inputs that require a gradient, running statistics, and tensors that are no parameters."""
+    support, query = draw(4), draw(4)
+    support[0].requires_grad_()
+    expected = torch.autograd.grad(maml(net, tasks_per_chunk=None)(support, query), support[0])
+    assert distance(torch.autograd.grad(maml(net)(support, query), support[0]), expected) < 1e-10
+    support[0].requires_grad_(False)
+
+    normed = nn.Sequential(copy.deepcopy(net), nn.BatchNorm1d(net(query[0][0]).shape[-1]).double())
+    assert maml(normed).chunk_size(support, query, len(query[0])) == len(query[0])
+    assert maml(net, order=1).chunk_size(support, query, len(query[0])) == len(query[0])
+
+    factor = torch.ones((), dtype=torch.float64, requires_grad=True)
+    meta = metafast.MAML(net, lambda model, batch: factor * loss_fn(model, batch), inner=SGD(lr=0.1), steps=2)
+    meta(support, query).backward()
+    assert factor.grad is not None
+    assert meta.tasks_per_chunk is None
 
 
 def test_the_estimate_of_graphs_is_what_they_take(net, draw):

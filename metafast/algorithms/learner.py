@@ -29,7 +29,7 @@ from metafast.engine.inference_mode import outside_inference_mode, usable
 from metafast.engine.inner_loop import Adapted, InnerLoop, Losses, Start
 from metafast.engine.learned_rates import LearnedRates
 from metafast.engine.learners import Learners
-from metafast.engine.memory_budget import graphs_fit
+from metafast.engine.memory_budget import graphs_fit, tasks_side_by_side
 from metafast.engine.reduction import check_reduction
 from metafast.engine.replay_state import Buffers, ReplayState
 from metafast.engine.step import Outcome, Step, TaskResults
@@ -46,6 +46,9 @@ from metafast.engine.task_model import TaskLosses, TaskModel
 from metafast.inner import Rule
 
 logger = logging.getLogger("metafast")
+# Bytes of adapted parameters from which ``tasks_per_chunk="auto"`` measures a step of a task. Of smaller ones all tasks run
+# side by side.
+LARGE_PARAMETERS = 8 * 2**20
 
 
 class Options(TypedDict, total=False):
@@ -55,7 +58,7 @@ class Options(TypedDict, total=False):
     task_batching: str
     adapt_parameters: Selection | None
     micro_batches: int
-    tasks_per_chunk: int | None
+    tasks_per_chunk: int | Literal["auto"] | None
     reduction: str
     on_nonfinite: str
     capture: bool
@@ -92,7 +95,9 @@ class MetaLearner(nn.Module):
             The gradients of the parts are accumulated. With ``checkpoint``, the memory of a step is that of one part. The
             gradient is the same for a ``loss_fn`` that is a mean over examples.
         tasks_per_chunk: number of tasks that run side by side; None: all. Chunks run one after another in the memory of one.
-            The gradient is then computed in the forward call already, and ``backward()`` hands it on.
+            The gradient is then computed in the forward call already, and ``backward()`` hands it on. ``"auto"``: all,
+            unless the tensors of a task are so large that tasks side by side are no faster; then fewer, for ``order=2``. The
+            log says how many.
         reduction: how the tasks' losses, weighted by ``task_weights``, become one: ``"mean"``, ``"sum"``, or
             ``"global_mean"`` for ``DistributedDataParallel``: the mean over the tasks of all ranks, which may have different
             numbers of tasks.
@@ -136,7 +141,7 @@ class MetaLearner(nn.Module):
         task_batching: str = "auto",
         adapt_parameters: Selection | None = None,
         micro_batches: int = 1,
-        tasks_per_chunk: int | None = None,
+        tasks_per_chunk: int | Literal["auto"] | None = "auto",
         reduction: str = "mean",
         on_nonfinite: str = "raise",
         capture: bool = False,
@@ -163,9 +168,9 @@ class MetaLearner(nn.Module):
         self.order = order
         self.checkpoint: bool | Literal["auto"] = checkpoint
         self.micro_batches = check_count("micro_batches", micro_batches, minimum=1)
-        self.tasks_per_chunk = (
-            None if tasks_per_chunk is None else check_count("tasks_per_chunk", tasks_per_chunk, minimum=1)
-        )
+        if tasks_per_chunk is not None and tasks_per_chunk != "auto":
+            check_count("tasks_per_chunk", tasks_per_chunk, minimum=1)
+        self.tasks_per_chunk: int | Literal["auto"] | None = tasks_per_chunk
         self.reduction = reduction
         self.on_nonfinite = on_nonfinite
         self.capture = capture
@@ -176,6 +181,7 @@ class MetaLearner(nn.Module):
         self._use_task_model(model, task_batching)
         self._step = Step(self, Capture(self, ("model", "loss_fn")))
         self._graphs_fit: dict[Any, bool] = {}
+        self._chunk_sizes: dict[Any, int] = {}
         # Names of embeddings that are adapted as a whole. Programs depend on it.
         self._whole_tables: tuple[str, ...] = ()
 
@@ -232,7 +238,8 @@ class MetaLearner(nn.Module):
                 return loop.run(start, support, count_tasks(support, "support"), steps), missed
 
         def in_chunks() -> Adapted:
-            size = self.tasks_per_chunk or tasks
+            # No graph is kept, so that all of them may run side by side.
+            size = self.tasks_per_chunk if isinstance(self.tasks_per_chunk, int) else tasks
             found = []
             for first in range(0, tasks, size):
                 chunk = select_tasks(support, slice(first, first + size))
@@ -337,6 +344,40 @@ class MetaLearner(nn.Module):
         leaves = [leaf for leaf in pytree.tree_leaves(batches) if leaf is not None]
         with computing_once(self.model, [*leaves, *others, *self.model.buffers()]):
             yield
+
+    def chunk_size(self, support: Any, query: Any, tasks: int) -> int:
+        """The number of tasks of a call that run side by side."""
+        if self.tasks_per_chunk != "auto":
+            return self.tasks_per_chunk or tasks
+        if tasks == 1 or not self._chunks_may_pay(support, query):
+            return tasks
+        shapes = tuple((leaf.shape, leaf.dtype) for leaf in pytree.tree_leaves(support))
+        key = (shapes, self.checkpoint)
+        if key not in self._chunk_sizes:
+            with ReplayState(self.device, self.model).replayed():
+                one = select_tasks(support, slice(0, 1))
+                start = self.start(one)
+                loop = self.inner_loop(start, order=2)
+                self._chunk_sizes[key] = tasks_side_by_side(
+                    lambda: list(loop.steps(start, one, 1, 1)),
+                    1 if self.checkpoint is True else self.steps,
+                    tasks,
+                    self.device,
+                )
+        return self._chunk_sizes[key]
+
+    def _chunks_may_pay(self, support: Any, query: Any) -> bool:
+        """Whether tasks can run in chunks as well as side by side, and have parameters large enough to measure a step."""
+        if not torch.is_grad_enabled() or self.order == 1 or self.steps == 0:
+            return False
+        if any(leaf.requires_grad for leaf in pytree.tree_leaves((support, query)) if leaf is not None):
+            return False
+        # Running statistics are updated in the order of the tasks' steps.
+        if any(getattr(module, "track_running_stats", False) for module in self.model.modules()):
+            return False
+        adapted = self.split_parameters().adapted
+        tables = self._tables(adapted)
+        return sum(p.nbytes for name, p in adapted.items() if name not in tables) >= LARGE_PARAMETERS
 
     def choose_memory(self, support: Any, tasks: int) -> None:
         """Decides ``checkpoint="auto"`` for batches of these shapes."""

@@ -1,4 +1,4 @@
-"""The memory that graphs take, and the memory that is free: how ``checkpoint="auto"`` decides."""
+"""The memory that graphs take, and the memory that is free: how ``"auto"`` decides on memory."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from torch import Tensor
 logger = logging.getLogger("metafast")
 # Of the memory that is free, for kept graphs: the backward pass and other users need some.
 SHARE = 0.5
+# From here on the graph of one step of one task consists of tensors that are large enough for a device by themselves: more
+# tasks side by side take more memory, and no less time.
+LARGE_GRAPH = {"cpu": 64 * 2**20, "cuda": 2**30}
 
 
 def graphs_fit(step: Callable[[], object], steps: int, device: torch.device) -> bool:
@@ -35,6 +38,30 @@ def graphs_fit(step: Callable[[], object], steps: int, device: torch.device) -> 
         "kept" if fit else "rebuilt in the backward pass",
     )
     return fit
+
+
+def tasks_side_by_side(step_of_one: Callable[[], object], steps: int, tasks: int, device: torch.device) -> int:
+    """How many of the tasks should run side by side. Logs the numbers.
+
+    Args:
+        step_of_one: computes one step of one task and returns its graph.
+        steps: number of steps whose graphs are kept at a time.
+        tasks: number of tasks.
+        device: the device whose memory counts.
+    """
+    graph = graph_bytes(step_of_one)
+    large = LARGE_GRAPH.get(device.type, LARGE_GRAPH["cuda"])
+    free = free_bytes(device)
+    fit = tasks if free is None else int(SHARE * free) // max(steps * graph, 1)
+    number = max(1, min(tasks, fit, -(-large // max(graph, 1))))
+    logger.info(
+        "tasks_per_chunk='auto': the graph of a step takes about %.3g MiB per task, %s; %d of %d tasks run side by side",
+        graph / 2**20,
+        "free memory is unknown" if free is None else f"{free / 2**30:.3g} GiB are free",
+        number,
+        tasks,
+    )
+    return number
 
 
 class _Saved:

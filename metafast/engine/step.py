@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from metafast.engine.replay_state import Buffers
 from metafast.engine.state_after_call import StateBefore
 from metafast.engine.task_batch import Params, check_batches, select_tasks
 from metafast.engine.task_model import OrderMattersError
-from metafast.engine.untracked_leaves import find_untracked, refuse_untracked
+from metafast.engine.untracked_leaves import UntrackedLeafError, find_untracked, refuse_untracked
 
 logger = logging.getLogger("metafast")
 
@@ -71,7 +71,7 @@ class Learner(Protocol):
 
     model: nn.Module
     steps: int
-    tasks_per_chunk: int | None
+    tasks_per_chunk: int | Literal["auto"] | None
     reduction: str
     on_nonfinite: str
     capture: bool
@@ -87,6 +87,8 @@ class Learner(Protocol):
     def first_forward(self, support: Any) -> frozenset[str]: ...
 
     def computing_once(self, *batches: Any) -> AbstractContextManager[None]: ...
+
+    def chunk_size(self, support: Any, query: Any, tasks: int) -> int: ...
 
     def choose_memory(self, support: Any, tasks: int) -> None: ...
 
@@ -120,7 +122,7 @@ class Step:
         """``call()``, repeated where it finds out that it has to be made in another way.
 
         Where the order of the model's calls matters, with one task after another; where rows of an embedding cannot be
-        adapted alone, with the whole of it.
+        adapted alone, with the whole of it; where chunks of tasks were our choice and cannot be, with all side by side.
         """
         before = StateBefore(self._learner.model, self._learner.device)
         while True:
@@ -133,6 +135,11 @@ class Step:
             except WholeTableError as error:
                 before.restore()
                 self._learner.adapt_whole(error)
+            except UntrackedLeafError:
+                if self._learner.tasks_per_chunk != "auto" or self._learner.capture:
+                    raise
+                before.restore()
+                self._learner.tasks_per_chunk = None
 
     def _over_finite_tasks(self, support: Any, query: Any, weights: Tensor) -> tuple[Tensor, Tensor]:
         """The weighted sum of the losses of all tasks whose losses are finite, and the weights of these tasks."""
@@ -161,7 +168,7 @@ class Step:
     def _over_chunks(self, support: Any, query: Any, weights: Tensor) -> tuple[Tensor, TaskResults]:
         """The weighted sum of losses, and the results: of all tasks at once, or of chunks that compute their gradients."""
         tasks = len(weights)
-        size = self._learner.tasks_per_chunk or tasks
+        size = self._learner.chunk_size(support, query, tasks)
         if size >= tasks and not self._learner.capture:
             total, results, missed = self._weighted(support, query, weights)
             refuse_missed(missed)

@@ -30,8 +30,12 @@ def find_untracked(outputs: Iterable[Tensor], known: Iterable[Tensor]) -> Refere
     return found
 
 
+class UntrackedLeafError(RuntimeError):
+    """A leaf that is no parameter of the learner would get a wrong gradient."""
+
+
 def refuse_untracked(found: References, option: str) -> None:
-    """Raises RuntimeError where an untracked leaf outlives the graph.
+    """Raises UntrackedLeafError where an untracked leaf outlives the graph.
 
     ``option`` computes the gradients of the known tensors alone, so that the leaf's gradient would be wrong. A leaf that the
     loss made for itself no longer exists by then.
@@ -39,7 +43,7 @@ def refuse_untracked(found: References, option: str) -> None:
     for reference in found:
         leaf = reference()
         if leaf is not None:
-            raise RuntimeError(
+            raise UntrackedLeafError(
                 f"{option}: model and loss_fn reach a tensor of shape {tuple(leaf.shape)} that requires a gradient and is "
                 "no parameter that the learner was made with, so that its gradient would be wrong: make it one, switch it "
                 f"off by requires_grad_(False), or do without {option}"
