@@ -1,0 +1,192 @@
+"""A second-order MAML step of a BERT of real size: 6 layers, width 384, as MiniLM, 5-way 5-shot, 16 tokens, 3 inner steps.
+
+Weights are random: time and memory do not depend on them. The peers are a plain loop over tasks with transformers' eager
+attention, since torch's fused attention has no second derivative, and higher. Time is taken side by side, memory in a fresh
+process for each, as ``test_memory.py`` does. A case takes about a minute on two cores.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+
+import pytest
+import torch
+from fresh_process import in_a_fresh_process
+from torch.func import functional_call
+
+import metafast
+from metafast.inner import SGD, Adam
+from metafast.measure import highest_memory
+from metafast.testing import relative_error
+
+if importlib.util.find_spec("transformers") is None:
+    pytest.skip("transformers is not installed", allow_module_level=True)
+
+WAYS, SHOTS, TOKENS, STEPS, LR = 5, 5, 16, 3, 0.01
+WORDS, MANY_WORDS = 30522, 250_000
+RULES = {"SGD": SGD(lr=LR), "Adam": Adam(lr=1e-4, eps=1e-4)}
+OURS = {"metafast": {}, "metafast, captured": {"capture": True}, "metafast, checkpointed": {"checkpoint": True}}
+PEERS = ["plain loop", *(["higher"] if importlib.util.find_spec("higher") else [])]
+
+
+def bert(attention, device, words=WORDS, layers=6, width=384):
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=words,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 32,
+        intermediate_size=4 * width,
+        num_labels=WAYS,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        attn_implementation=attention,
+    )
+    return transformers.BertForSequenceClassification(config).to(device)
+
+
+def draw(tasks, device, words=WORDS):
+    """A support and a query set of all tasks."""
+    return [
+        {
+            "input_ids": torch.randint(words, (tasks, WAYS * SHOTS, TOKENS), device=device),
+            "labels": torch.arange(WAYS, device=device).repeat(tasks, SHOTS),
+        }
+        for _ in range(2)
+    ]
+
+
+def loss_fn(model, batch):
+    return model(**batch).loss
+
+
+def of_task(batch, index):
+    return {name: value[index] for name, value in batch.items()}
+
+
+def plain_loop(model, support, query):
+    """SGD. Leaves the gradients in the parameters."""
+    tasks = len(support["labels"])
+    for index in range(tasks):
+        params = dict(model.named_parameters())
+        for _ in range(STEPS):
+            loss = functional_call(model, params, (), of_task(support, index)).loss
+            grads = torch.autograd.grad(
+                loss, list(params.values()), create_graph=True, allow_unused=True, materialize_grads=True
+            )
+            params = {name: p - LR * g for (name, p), g in zip(params.items(), grads, strict=True)}
+        (functional_call(model, params, (), of_task(query, index)).loss / tasks).backward()
+
+
+def higher(model, support, query):
+    import higher as library
+
+    tasks = len(support["labels"])
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    for index in range(tasks):
+        with library.innerloop_ctx(model, optimizer, copy_initial_weights=False) as (net, inner):
+            for _ in range(STEPS):
+                inner.step(net(**of_task(support, index)).loss)
+            (net(**of_task(query, index)).loss / tasks).backward()
+
+
+def stepper(what, device, rule="SGD", words=WORDS, **sizes):
+    """A function that takes one step of this kind, and its model."""
+    if what in OURS:
+        model = bert("sdpa", device, words, **sizes)
+        meta = metafast.MAML(model, loss_fn, inner=RULES[rule], steps=STEPS, **OURS[what])
+        return lambda support, query: meta(support, query).backward(), model
+    model = bert("eager", device, words, **sizes)
+    peer = {"plain loop": plain_loop, "higher": higher}[what]
+    return lambda support, query: peer(model, support, query), model
+
+
+def gradients(step, model, batches):
+    model.zero_grad(set_to_none=True)
+    step(*batches)
+    return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("tasks", [2, 8])
+@pytest.mark.parametrize("what", ["metafast", "metafast, captured"])
+def test_time(what, tasks, measure, device, benchmark):
+    benchmark.group = f"BERT, 6 layers, width 384, {tasks} tasks"
+    batches = draw(tasks, device)
+    own, model = stepper(what, device)
+    found = gradients(own, model, batches)
+    peers = {}
+    for name in PEERS if tasks == 2 else PEERS[:1]:
+        step, other = stepper(name, device)
+        for a, b in zip(found, gradients(step, other, batches), strict=True):
+            assert relative_error(a, b) < 1e-3
+        peers[name] = lambda step=step: step(*batches)
+    bar = 1.6 if what == "metafast, captured" and tasks == 2 else 1.2
+    # A captured step's first replays are compared with the uncaptured call.
+    for _ in range(3 if "captured" in what else 0):
+        own(*draw(tasks, device))
+    measure(what, lambda: own(*batches), peers, dict.fromkeys(peers, bar), rounds=5 if tasks == 2 else 3)
+
+
+@pytest.mark.parametrize("tasks", [2, 8])
+@pytest.mark.parametrize("what", ["metafast", "metafast, checkpointed"])
+def test_memory(what, tasks, compare, device, benchmark):
+    benchmark.group = f"memory of BERT, 6 layers, width 384, {tasks} tasks"
+    found = benchmark.pedantic(in_a_fresh_process, (__file__, what, str(tasks), device, "SGD", str(WORDS)), rounds=1)
+    benchmark.extra_info["what"] = what
+    benchmark.extra_info["peak_bytes"] = found["peak"]
+    for peer in PEERS:
+        other = in_a_fresh_process(__file__, peer, str(tasks), device, "SGD", str(WORDS))
+        assert found["norm"] == pytest.approx(other["norm"], rel=1e-3)
+        compare("memory", peer, found["peak"], other["peak"], 1 / 0.7 if what == "metafast" else 1 / 0.4)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_vocabulary(rule, measure, compare, device, benchmark):
+    """Beside the same step with few words. The memory is that without the gradients of the parameters."""
+    benchmark.group = f"vocabulary of {MANY_WORDS}, {rule}"
+    steps = {}
+    for words in (WORDS, MANY_WORDS):
+        step, _ = stepper("metafast", device, rule, words)
+        batches = draw(2, device, words)
+        step(*batches)
+        steps[words] = lambda step=step, batches=batches: step(*batches)
+    measure("metafast", steps[MANY_WORDS], {f"{WORDS} words": steps[WORDS]}, {f"{WORDS} words": 1 / 1.1}, rounds=5)
+    few, many = (
+        in_a_fresh_process(__file__, "metafast", "2", device, rule, str(words)) for words in (WORDS, MANY_WORDS)
+    )
+    compare("memory", f"{WORDS} words", *(of["peak"] - of["gradients"] for of in (many, few)), 1 / 1.1)
+
+
+@pytest.mark.parametrize(("layers", "width", "bar"), [(6, 384, 8), (12, 768, 20)])
+def test_recording(layers, width, bar, compare, device, benchmark):
+    """Seconds of the first call, beside the bar."""
+    benchmark.group = f"recording of BERT, {layers} layers, width {width}"
+    step, _ = stepper("metafast, captured", device, layers=layers, width=width)
+    benchmark.pedantic(step, draw(2, device), rounds=1)
+    benchmark.extra_info["what"] = "metafast, captured: first call"
+    compare("time", "the bar", benchmark.stats.stats.median, float(bar), 1)
+
+
+def measured(what: str, tasks: int, device: str, rule: str, words: int) -> dict[str, float]:
+    """In this process: bytes above those before the step, and the norm of the meta-gradient to compare."""
+    # A small step first: what a library loads or keeps from its first call is no memory of a step.
+    stepper(what, device, rule, 100, layers=1, width=64)[0](*draw(1, device, 100))
+    step, model = stepper(what, device, rule, words)
+    batches = draw(tasks, device, words)
+    before = torch.cuda.memory_allocated() if device == "cuda" else highest_memory()
+    step(*batches)
+    peak = highest_memory(device) - before
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    return {
+        "peak": peak,
+        "norm": torch.stack([g.norm() for g in grads]).norm().item(),
+        "gradients": sum(g.nbytes for g in grads),
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(measured(sys.argv[1], int(sys.argv[2]), *sys.argv[3:5], int(sys.argv[5]))))
