@@ -182,13 +182,14 @@ class Step:
             )
         params = list(self._learner.trained_parameters().values())
         gradients: list[Tensor | None] = [None] * len(params)
+        sums = set[int]()
         totals, chunks = [], []
         for first in range(0, tasks, size):
             chunk = slice(first, first + size)
             total, of_chunk, results = self._with_gradients(
                 select_tasks(support, chunk), select_tasks(query, chunk), weights[chunk]
             )
-            gradients = [_sum(*pair) for pair in zip(gradients, of_chunk, strict=True)]
+            _add(gradients, of_chunk, sums)
             totals.append(total)
             chunks.append(results)
         total = torch.stack(totals).sum()
@@ -261,8 +262,20 @@ class Step:
         return total, results.without_graph(), missed
 
 
-def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return b if a is None else a if b is None else a + b
+def _add(gradients: list[Tensor | None], more: list[Tensor | None], sums: set[int]) -> None:
+    """Adds ``more`` to ``gradients``, one per parameter. ``more`` is emptied meanwhile: two sets are held, and not three.
+
+    ``sums`` says which of ``gradients`` are sums already. Those of one chunk may share memory, and are not written to.
+    """
+    for index, gradient in enumerate(gradients):
+        other, more[index] = more[index], None
+        if gradient is None or other is None:
+            gradients[index] = other if gradient is None else gradient
+        elif index in sums:
+            gradient += other
+        else:
+            gradients[index] = gradient + other
+            sums.add(index)
 
 
 def _joined(chunks: list[TaskResults]) -> TaskResults:
