@@ -223,14 +223,22 @@ class MetaLearner(nn.Module):
                     found.append(self._step.replay_or_compute(f"adapt {steps}", adapted, chunk, update_buffers=False))
             return found[0] if len(found) == 1 else Adapted.joined(found)
 
-        params, losses = self._step.in_order(in_chunks)
+        whole = self._step.whole_parameters()
+        if whole is None:
+            params, losses = self._step.in_order(in_chunks)
+            # The shared parameters themselves, of which a replay would give copies.
+            shared = self._names_for_tasks(self.split_parameters().shared)
+        else:
+            with whole.placed(), whole.gathered():
+                params, losses = whole.own(self._step.in_order(in_chunks))
+            # Of a sharded model they are gathered when the learners compute.
+            shared = {}
         check_finite(losses, None)
-        # The shared parameters themselves, of which a replay would give copies.
-        shared = self._names_for_tasks(self.split_parameters().shared)
         return Learners(
             self._task_model,
             {name: p.detach() for name, p in params.items()},
             {name: p.detach() for name, p in shared.items()},
+            sharded=None if whole is None else self,
         )
 
     @abstractmethod

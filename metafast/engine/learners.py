@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from metafast.engine.inference_mode import outside_inference_mode, usable
 from metafast.engine.module_attributes import tensors_in
+from metafast.engine.sharded_parameters import Whole, refuse_sharded
 from metafast.engine.task_batch import Params, count_tasks
 from metafast.engine.task_model import TaskModel
 
@@ -22,14 +23,21 @@ class Learners:
     ``learners(inputs)`` runs every task's model on its own inputs. ``learners.model(task)`` is one of them as a module, to
     be saved or to generate text with.
 
+    Args:
+        function: outputs of all tasks.
+        params: as below.
+        shared: parameters that stand in for the model's, the same for all tasks.
+        sharded: what made them, where its parameters are sharded.
+
     Attributes:
         params: adapted parameters by name, ``[T, *shape]``, without a graph. All else is the model's own and no copy.
     """
 
-    def __init__(self, function: TaskModel, params: Params, shared: Params) -> None:
+    def __init__(self, function: TaskModel, params: Params, shared: Params, sharded: nn.Module | None = None) -> None:
         self.params = params
         self._function = function
         self._shared = shared
+        self._sharded = sharded
 
     def __call__(self, *inputs: Any, **options: Any) -> Any:
         """Outputs of every task's model, with the task as first dimension.
@@ -67,6 +75,11 @@ class Learners:
                 )
         if "use_cache" in inspect.signature(self._function.module.forward).parameters:
             same.setdefault("use_cache", False)
+        if self._sharded is not None:
+            whole = Whole(self._sharded)
+            # A graph would need the parameters whole after the call.
+            with torch.no_grad(), whole.placed(), whole.gathered():
+                return whole.own(self._function.compute(self.params, self._shared, inputs, named, same))
         return self._function.compute(self.params, self._shared, inputs, named, same)
 
     def model(self, task: int) -> nn.Module:
@@ -76,9 +89,13 @@ class Learners:
             task: number of the task, from 0.
 
         Raises:
-            ValueError: the algorithm keeps more per task than the model's parameters (prototypes, a head).
+            ValueError: the algorithm keeps more per task than the model's parameters (prototypes, a head), or the model is
+                sharded.
             IndexError: there is no such task.
         """
+        refuse_sharded(
+            self._function.module, "model", "call the learners, or load params and a state_dict into a model"
+        )
         with outside_inference_mode():
             return self._copy(task)
 
