@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 
 import pytest
@@ -21,6 +22,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from two_processes import on_two_processes, part
 
 import metafast
@@ -422,9 +424,59 @@ def attempts(rank):
         return [loss, meta(support, query).detach(), unadapted.params["head.weight"][0].clone(), outputs.clone()]
 
     attempt("without", without_gradients)
+
+    def sharded_later():
+        meta = head(classifier())
+        shard_layers(meta.model)
+        meta(support, query).backward()
+        return [whole(p.grad) for p in meta.parameters()]
+
+    attempt("later", sharded_later)
+
+    def weighted(reduction):
+        meta = head(shard_layers(classifier()), reduction=reduction)
+        meta(support, query, WEIGHTS[2 * rank : 2 * rank + 2]).backward()
+        return [whole(p.grad) for p in meta.parameters()]
+
+    attempt("global_mean", lambda: weighted("global_mean"))
+    attempt("sum", lambda: weighted("sum"))
+
+    def recomputed_in_the_model():
+        model = shard_all(classifier())
+        for layer in model.layers:
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+        meta = head(model, task_batching="loop")
+        meta(support, query).backward()
+        return [whole(p.grad) for p in meta.parameters()]
+
+    attempt("recomputed", recomputed_in_the_model)
+
+    def half_precision():
+        meta = head(shard_all(classifier().bfloat16()))
+        meta(support, query).backward()
+        with torch.autocast("cpu", torch.bfloat16):
+            other = head(shard_all(classifier().float()))
+            other(support, query).backward()
+        return [[whole(p.grad).double() for p in learner.parameters()] for learner in (meta, other)]
+
+    attempt("half", half_precision)
+
+    def clipped():
+        """What torch does with lists of sharded parameters alone."""
+        meta = head(shard_all(classifier()))
+        meta(support, query).backward()
+        norm = torch.nn.utils.clip_grad_norm_(meta.parameters(), 1e-3)
+        other = head(shard_layers(classifier()))
+        other(support, query).backward()
+        groups = [[p for p in other.parameters() if isinstance(p, DTensor) is kind] for kind in (True, False)]
+        torch.optim.Adam([{"params": group} for group in groups], foreach=True).step()
+        return norm.full_tensor()
+
+    attempt("clipped", clipped)
     return found
 
 
+WEIGHTS = torch.tensor([1.0, 3.0, 2.0, 0.0])
 ALONE = "since ranks gather sharded parameters together"
 REFUSED = {
     "capture": "ValueError: capture: expected False with sharded parameters, which a replay would need whole, got True",
@@ -444,7 +496,7 @@ REFUSED = {
 
 
 def test_what_cannot_work_is_refused_with_the_reason(tmp_path):
-    ranks = on_two_processes(tmp_path, attempts, seconds=120)
+    ranks = on_two_processes(tmp_path, attempts, seconds=300)
     learner = head(classifier())
     learner(*batches()).backward()
     for rank, found in enumerate(ranks):
@@ -464,6 +516,18 @@ def test_what_cannot_work_is_refused_with_the_reason(tmp_path):
         assert distance(gradients, [p.grad for p in learner.parameters()]) < 1e-12
         support, query = mine(rank)
         torch.testing.assert_close(outputs, learner.adapt(support)(query[0]))
+        exact = [p.grad for p in learner.parameters()]
+        for name in ("later", "recomputed"):
+            assert distance(found[name], exact) < 1e-12, name
+        for reduction, ranks_of_mean in {"global_mean": 1, "sum": 2}.items():
+            weighted = head(classifier(), reduction=reduction.removeprefix("global_"))
+            weighted(*batches(), WEIGHTS).backward()
+            assert distance(found[reduction], [p.grad / ranks_of_mean for p in weighted.parameters()]) < 1e-12, (
+                reduction
+            )
+        for gradients in found["half"]:
+            assert distance(gradients, exact) < 0.1
+        torch.testing.assert_close(found["clipped"], torch.stack([gradient.norm() for gradient in exact]).norm())
         without, loss, weight, unadapted = found["without"]
         assert torch.equal(without, loss)
         torch.testing.assert_close(weight, learner.model.head.weight.detach())
