@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from metafast.algorithms.learner import MetaLearner
 from metafast.backend import use_backend
+from metafast.engine.sharded_parameters import refuse_sharded
 from metafast.engine.task_batch import check_count
 from metafast.measure import interleaved_medians, peak_memory
 
@@ -81,11 +82,12 @@ def check(meta: MetaLearner, support: Any, query: Any = None, *, backend: str = 
 
     Raises:
         TypeError: ``meta`` is not such an algorithm.
-        ValueError: ``rounds`` is not at least 1.
+        ValueError: ``rounds`` is not at least 1, or the model is sharded.
     """
     if not isinstance(meta, MetaLearner):
         raise TypeError(f"meta: expected a metafast algorithm such as metafast.MAML, got {type(meta).__name__}")
     check_count("rounds", rounds, minimum=1)
+    refuse_sharded(meta, "meta", "check the learner before its model is sharded")
     batches = (support,) if query is None else (support, query)
     mine = copy.deepcopy(meta)
     device = next(meta.parameters()).device

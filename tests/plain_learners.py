@@ -169,7 +169,7 @@ class PlainLearner:
         """The loss, the gradients of all parameters of the learner by name, and the buffers afterwards."""
         meta = self.meta
         tasks = len(query[0])
-        size = meta.tasks_per_chunk or tasks
+        size = meta.tasks_per_chunk if isinstance(meta.tasks_per_chunk, int) else tasks
         weights = torch.ones(tasks, dtype=torch.float64) if task_weights is None else task_weights
         params = {name: p for name, p in meta.named_parameters() if p.requires_grad}
         gradients = {name: torch.zeros_like(p) for name, p in params.items()}

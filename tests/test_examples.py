@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
+import os
+import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -33,3 +39,55 @@ def test_sinusoid_learns():
     before = error(meta)
     example["train"](meta, 200, 4, 1e-2, torch.Generator().manual_seed(0))
     assert error(meta) < 0.8 * before
+
+
+def run(folder, *command):
+    """The output of Python with these arguments."""
+    process = subprocess.Popen(
+        [sys.executable, *command],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        output, errors = process.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # which torchrun passes on
+        process.communicate()
+        raise
+    assert process.returncode == 0, output + errors
+    return output
+
+
+def torchrun(folder, processes, script, *options):
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return run(folder, *launcher, str(EXAMPLES / script), *options)
+
+
+def test_distributed_trains_the_same_sharded_and_resumes(tmp_path):
+    options = ["--iterations", "3", "--tasks", "4"]
+    found = torchrun(tmp_path, 2, "distributed.py", *options)
+    assert re.fullmatch(r"2 processes, mean squared error after one step: \d+\.\d+\n", found)
+    assert found == torchrun(tmp_path, 2, "distributed.py", *options, "--shard", "--checkpoint", "state")
+    assert torchrun(tmp_path, 1, "distributed.py", *options, "--checkpoint", "state").startswith("1 processes")
+
+
+@pytest.mark.parametrize("package", ["accelerate", "lightning"])
+def test_distributed_through_other_packages(package, tmp_path):
+    # Not imported here, where its warnings would be errors.
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed; it comes with the extra 'distributed'")
+    if package == "accelerate":
+        found = torchrun(tmp_path, 2, "distributed_accelerate.py", "3")
+    else:
+        found = run(tmp_path, str(EXAMPLES / "distributed_lightning.py"), "3")
+    assert "2 processes" in found
+
+
+@pytest.mark.parametrize("package", ["accelerate", "lightning"])
+def test_they_take_at_most_20_lines(package):
+    text = (EXAMPLES / f"distributed_{package}.py").read_text()
+    first = ast.parse(text).body[1].lineno  # after the docstring
+    assert sum(bool(line.strip()) for line in text.splitlines()[first - 1 :]) <= 20

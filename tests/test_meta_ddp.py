@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import datetime
 import time
-import traceback
 
-import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from plain_loop import distance
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from two_processes import SECONDS, on_two_processes, part
 
 import metafast
 from metafast.inner import SGD
 
-SECONDS = 60.0
 RULE = SGD(lr=0.1, learn={"lr": "tensor"})
 LEARNERS = {
     "kept": lambda net, reduction: metafast.MAML(net, loss_fn, inner=RULE, steps=2, reduction=reduction),
@@ -49,40 +44,6 @@ def problem(tasks=5):
         for shots in (4, 6)
     ]
     return net, batches
-
-
-def part(batches, tasks):
-    return [tuple(x[tasks] for x in batch) for batch in batches]
-
-
-def process(rank, folder, function, arguments):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=2,
-        timeout=datetime.timedelta(seconds=SECONDS / 2),
-    )
-    try:
-        found = function(rank, *arguments)
-    except Exception as error:
-        found = f"{type(error).__name__}: {error}"
-        traceback.print_exc()
-    torch.save(found, folder / f"{rank}.pt")
-    dist.destroy_process_group()
-
-
-def on_two_processes(folder, function, *arguments):
-    """What the function returns on each rank, or its error as text; fails where one hangs."""
-    context = mp.spawn(process, (folder, function, arguments), nprocs=2, join=False)
-    deadline = time.monotonic() + SECONDS
-    while not context.join(timeout=1):
-        if time.monotonic() > deadline:
-            for running in context.processes:
-                running.kill()
-            pytest.fail(f"a rank still ran after {SECONDS} seconds")
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
 CASES = [

@@ -32,6 +32,7 @@ from metafast.engine.learners import Learners
 from metafast.engine.memory_budget import graphs_fit, tasks_side_by_side
 from metafast.engine.reduction import check_reduction
 from metafast.engine.replay_state import Buffers, ReplayState
+from metafast.engine.sharded_parameters import is_sharded
 from metafast.engine.step import Outcome, Step, TaskResults
 from metafast.engine.task_batch import (
     LossFn,
@@ -251,21 +252,28 @@ class MetaLearner(nn.Module):
                     found.append(of_chunk)
             return found[0] if len(found) == 1 else Adapted.joined(found)
 
-        params, losses = self._step.in_order(in_chunks)
+        whole = self._step.whole_parameters()
+        if whole is None:
+            params, losses = self._step.in_order(in_chunks)
+            # The shared parameters themselves, of which a replay would give copies.
+            shared = self._names_for_tasks(self.split_parameters().shared)
+        else:
+            with whole.placed(), whole.gathered():
+                params, losses = whole.own(self._step.in_order(in_chunks))
+            # Of a sharded model they are gathered when the learners compute.
+            shared = {}
         check_finite(losses, None)
-        # The shared parameters themselves, of which a replay would give copies.
-        split = self.split_parameters()
-        shared = self._names_for_tasks(split.shared)
         # Rows that a task has not adapted stay what they are now.
         tables = {
             name: p.clone()
-            for name, p in self._names_for_tasks(split.adapted).items()
+            for name, p in self._names_for_tasks(self.split_parameters().adapted).items()
             if isinstance(params[name], Rows)
         }
         return Learners(
             self._task_model,
             pytree.tree_map(torch.detach, params),
             {name: p.detach() for name, p in {**shared, **tables}.items()},
+            sharded=None if whole is None else self,
         )
 
     @abstractmethod
@@ -324,8 +332,8 @@ class MetaLearner(nn.Module):
 
     def _tables(self, adapted: Params) -> frozenset[str]:
         """The embeddings of which the inner loop adapts the rows that are looked up."""
-        # Parts of a support set look up rows of their own.
-        if not self.adapts_rows or self.micro_batches > 1:
+        # Parts of a support set look up rows of their own; a sharded table is gathered as a whole.
+        if not self.adapts_rows or self.micro_batches > 1 or is_sharded(self.model):
             return frozenset()
         names = tables_by_rows(self.model, adapted, self.inner)
         return frozenset(
@@ -349,7 +357,7 @@ class MetaLearner(nn.Module):
         """The number of tasks of a call that run side by side."""
         if self.tasks_per_chunk != "auto":
             return self.tasks_per_chunk or tasks
-        if tasks == 1 or not self._chunks_may_pay(support, query):
+        if tasks == 1 or is_sharded(self.model) or not self._chunks_may_pay(support, query):
             return tasks
         shapes = tuple((leaf.shape, leaf.dtype) for leaf in pytree.tree_leaves(support))
         key = (shapes, self.checkpoint)

@@ -47,7 +47,11 @@ class LearnedRates(nn.Module):
             value = math.log(number) if self._log else number
             if granularity.startswith("parameter"):
                 lead = (self._steps,) if granularity == "parameter_step" else ()
-                tensors = {_key(name): nn.Parameter(p.new_full((*lead, *p.shape), value)) for name, p in params.items()}
+                # Not by a method of the parameter, which may be sharded: rates are not.
+                tensors = {
+                    _key(name): nn.Parameter(torch.full((*lead, *p.shape), value, dtype=p.dtype, device=p.device))
+                    for name, p in params.items()
+                }
                 self.add_module(rate, nn.ParameterDict(tensors))
             else:
                 rates = torch.full(sizes[granularity], value, dtype=dtype, device=example.device)

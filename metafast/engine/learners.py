@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from metafast.engine.embedding_rows import Rows, TaskParams
 from metafast.engine.inference_mode import outside_inference_mode, usable
 from metafast.engine.module_attributes import tensors_in
+from metafast.engine.sharded_parameters import Whole, refuse_sharded
 from metafast.engine.task_batch import Params, count_tasks
 from metafast.engine.task_model import TaskModel
 
@@ -24,12 +25,21 @@ class Learners:
     be saved or to generate text with.
 
     All that is not adapted is the model's own and no copy.
+
+    Args:
+        function: outputs of all tasks.
+        params: adapted parameters, or rows of them.
+        shared: parameters that stand in for the model's, the same for all tasks.
+        sharded: what made them, where its parameters are sharded.
     """
 
-    def __init__(self, function: TaskModel, params: TaskParams, shared: Params) -> None:
+    def __init__(
+        self, function: TaskModel, params: TaskParams, shared: Params, sharded: nn.Module | None = None
+    ) -> None:
         self._params = params
         self._function = function
         self._shared = shared
+        self._sharded = sharded
 
     @property
     def params(self) -> Params:
@@ -79,6 +89,11 @@ class Learners:
                 )
         if "use_cache" in inspect.signature(self._function.module.forward).parameters:
             same.setdefault("use_cache", False)
+        if self._sharded is not None:
+            whole = Whole(self._sharded)
+            # A graph would need the parameters whole after the call.
+            with torch.no_grad(), whole.placed(), whole.gathered():
+                return whole.own(self._function.compute(self._params, self._shared, inputs, named, same))
         return self._function.compute(self._params, self._shared, inputs, named, same)
 
     def model(self, task: int) -> nn.Module:
@@ -88,9 +103,13 @@ class Learners:
             task: number of the task, from 0.
 
         Raises:
-            ValueError: the algorithm keeps more per task than the model's parameters (prototypes, a head).
+            ValueError: the algorithm keeps more per task than the model's parameters (prototypes, a head), or the model is
+                sharded.
             IndexError: there is no such task.
         """
+        refuse_sharded(
+            self._function.module, "model", "call the learners, or load params and a state_dict into a model"
+        )
         with outside_inference_mode():
             return self._copy(task)
 

@@ -2,35 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
+# Of the derivative by the values, the values' derivatives, and what gets gradients: the gradients that these get.
+Reduction: TypeAlias = Callable[[Tensor, Sequence[Tensor | None], Sequence[Tensor]], Sequence[Tensor | None]]
 
-def with_precomputed_gradients(values: Tensor, gradients: Sequence[Tensor | None], params: list[Tensor]) -> Tensor:
+
+def with_precomputed_gradients(
+    values: Tensor,
+    gradients: Sequence[Tensor | None],
+    params: list[Tensor],
+    reduction: Reduction | None = None,
+) -> Tensor:
     """``values`` as a function of ``params`` with given derivatives.
 
     Args:
         values: of any shape, ``[]`` or ``[T]``.
         gradients: for each of ``params`` the derivatives of all values, ``[*values.shape, *param.shape]``, or None.
         params: what gets the gradients.
+        reduction: makes gradients of derivatives in the backward pass; None: by multiplication.
     """
-    return _PrecomputedGradients.apply(values.detach(), gradients, *params)
+    return _PrecomputedGradients.apply(values.detach(), gradients, reduction, *params)
 
 
 class _PrecomputedGradients(Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, gradients: Sequence[Tensor | None], *params: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        values: Tensor,
+        gradients: Sequence[Tensor | None],
+        reduction: Reduction | None,
+        *params: Tensor,
+    ) -> Tensor:
         ctx.gradients = gradients
+        ctx.reduction = reduction
+        # Held by the graph anyway, which comes to them.
+        ctx.params = params if reduction is not None else ()
         return values.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.reduction is not None:
+            return None, None, None, *ctx.reduction(grad, ctx.gradients, ctx.params)
         return (
+            None,
             None,
             None,
             *(None if g is None else _product(grad.to(g.dtype), g) for g in ctx.gradients),

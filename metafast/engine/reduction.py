@@ -41,11 +41,17 @@ def check_weights(weights: Tensor | None, tasks: int, device: torch.device) -> T
 
 
 class Ranks:
-    """Messages between the ranks of a ``global_mean``, one per call: their weights, or that they failed."""
+    """Messages between the ranks of a ``global_mean``: their weights, or that they failed.
 
-    def __init__(self, reduction: str, device: torch.device) -> None:
+    Args:
+        reduction: the learner's.
+        device: where messages are.
+        sharded: whether the model's parameters are; then ranks work together with any reduction.
+    """
+
+    def __init__(self, reduction: str, device: torch.device, sharded: bool = False) -> None:
         self._reduction = reduction
-        self._together = reduction == "global_mean" and dist.is_available() and dist.is_initialized()
+        self._together = (reduction == "global_mean" or sharded) and dist.is_available() and dist.is_initialized()
         self._device = device
         self._told = False
 
@@ -59,6 +65,28 @@ class Ranks:
                 self._tell(0.0, failed=True)
             raise
 
+    def check_same_tasks(self, tasks: int) -> None:
+        """Compares the number of tasks with the other ranks', with whom this one gathers parameters.
+
+        Raises:
+            ValueError: on every rank, where they differ.
+            RuntimeError: another rank failed.
+        """
+        total, squares = self._tell_or_fail(tasks, tasks**2)
+        ranks = dist.get_world_size()
+        if total**2 != ranks * squares:
+            raise ValueError(
+                f"support: expected the same number of tasks on every rank, since ranks gather sharded parameters together, "
+                f"got {tasks} here and {total / ranks:g} on average"
+            )
+
+    @contextlib.contextmanager
+    def gathering(self) -> Iterator[None]:
+        """Inside, ranks gather parameters: others would not understand a message that this one failed."""
+        self._told = True
+        yield
+        self._told = False
+
     def divisor(self, weights: Tensor) -> float:
         """The divisor of the weighted sum of this rank's losses.
 
@@ -68,18 +96,23 @@ class Ranks:
         Raises:
             RuntimeError: another rank failed.
         """
-        if self._reduction == "sum":
+        if self._reduction == "sum" and not self._together:
             return 1.0
-        total = weights.sum().item()
-        if not self._together:
-            return total or 1.0
-        total, failed = self._tell(total)
+        own = weights.sum().item()
+        total = self._tell_or_fail(own)[0] if self._together else own
+        if self._reduction == "global_mean" and self._together:
+            return total / dist.get_world_size() or 1.0
+        return 1.0 if self._reduction == "sum" else own or 1.0
+
+    def _tell_or_fail(self, first: float, second: float = 0.0) -> list[float]:
+        *totals, failed = self._tell(first, second)
         if failed:
             raise RuntimeError("another rank failed before the meta-gradient; its own error says why")
-        return total / dist.get_world_size() or 1.0
+        return totals
 
-    def _tell(self, total: float, failed: bool = False) -> tuple[float, bool]:
+    def _tell(self, first: float, second: float = 0.0, failed: bool = False) -> list[float]:
+        """The sums of the numbers over all ranks, and the number of ranks that failed."""
         self._told = True
-        message = torch.tensor([total, float(failed)], dtype=torch.float64, device=self._device)
+        message = torch.tensor([first, second, float(failed)], dtype=torch.float64, device=self._device)
         dist.all_reduce(message)
-        return message[0].item(), message[1].item() > 0
+        return message.tolist()

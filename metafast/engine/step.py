@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from metafast.engine.finite import check_finite, describe_not_finite, finite_tas
 from metafast.engine.precomputed_gradients import with_precomputed_gradients
 from metafast.engine.reduction import Ranks, check_weights
 from metafast.engine.replay_state import Buffers
+from metafast.engine.sharded_parameters import Whole, check_replicated, is_sharded, mean_over_ranks
 from metafast.engine.state_after_call import StateBefore
 from metafast.engine.task_batch import Params, check_batches, select_tasks
 from metafast.engine.task_model import OrderMattersError
@@ -66,6 +68,10 @@ class TaskResults(NamedTuple):
         )
 
 
+# Of support, query and weights: the weighted sum of the tasks' losses, and the results.
+OverChunks: TypeAlias = Callable[[Any, Any, Tensor], tuple[Tensor, TaskResults]]
+
+
 class Learner(Protocol):
     """The attributes and methods of a meta-learner that a step uses; :class:`metafast.MetaLearner` documents them."""
 
@@ -75,6 +81,7 @@ class Learner(Protocol):
     reduction: str
     on_nonfinite: str
     capture: bool
+    checkpoint: Any
     outcome: Outcome | None
 
     @property
@@ -83,6 +90,8 @@ class Learner(Protocol):
     def task_results(self, support: Any, query: Any, tasks: int) -> TaskResults: ...
 
     def trained_parameters(self) -> Params: ...
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
 
     def first_forward(self, support: Any) -> frozenset[str]: ...
 
@@ -107,16 +116,46 @@ class Step:
         self._learner = learner
         self._capture = capture
         self._ran_before_recording = False
+        self._ranks_agree = False
 
     def loss(self, support: Any, query: Any, task_weights: Tensor | None) -> Tensor:
         """The weighted mean or sum of the tasks' losses, whose ``backward()`` leaves the meta-gradient."""
         learner = self._learner
-        ranks = Ranks(learner.reduction, learner.device)
+        whole = self.whole_parameters()
+        ranks = Ranks(learner.reduction, learner.device, sharded=whole is not None)
         with ranks.failing_together():
             tasks = check_batches(support, query, learner.steps)
             weights = check_weights(task_weights, tasks, learner.device)
-            total, weights = self.in_order(lambda: self._over_finite_tasks(support, query, weights))
+            over_chunks = self._over_chunks
+            if whole is not None:
+                over_chunks = functools.partial(self._over_chunks_gathered, whole, ranks)
+                ranks.check_same_tasks(tasks)
+                if not self._ranks_agree:
+                    check_replicated(dict(learner.named_parameters()))
+                    self._ranks_agree = True
+            total, weights = self.in_order(lambda: self._over_finite_tasks(over_chunks, support, query, weights))
             return total / ranks.divisor(weights)
+
+    def whole_parameters(self) -> Whole | None:
+        """What gathers the learner's parameters where they are sharded; None where they are not.
+
+        Raises:
+            ValueError: the sharding, or an option with it, is not served.
+        """
+        learner = self._learner
+        module = cast(nn.Module, learner)
+        if not is_sharded(module):
+            return None
+        alone = "since ranks gather sharded parameters together"
+        if learner.capture:
+            raise ValueError(
+                "capture: expected False with sharded parameters, which a replay would need whole, got True"
+            )
+        if learner.on_nonfinite != "raise":
+            raise ValueError(f"on_nonfinite: expected 'raise', {alone} and none can repeat a call, got 'skip'")
+        if learner.checkpoint == "auto":
+            raise ValueError(f"checkpoint: expected True or False, {alone} and may differ in free memory, got 'auto'")
+        return Whole(module)
 
     def in_order(self, call: Callable[[], Any]) -> Any:
         """``call()``, repeated where it finds out that it has to be made in another way.
@@ -141,11 +180,13 @@ class Step:
                 before.restore()
                 self._learner.tasks_per_chunk = None
 
-    def _over_finite_tasks(self, support: Any, query: Any, weights: Tensor) -> tuple[Tensor, Tensor]:
+    def _over_finite_tasks(
+        self, over_chunks: OverChunks, support: Any, query: Any, weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """The weighted sum of the losses of all tasks whose losses are finite, and the weights of these tasks."""
         learner = self._learner
         buffers = Buffers(learner.model) if learner.on_nonfinite == "skip" else None
-        total, results = self._over_chunks(support, query, weights)
+        total, results = over_chunks(support, query, weights)
         losses = results.support_losses, results.query_losses
         outcome = learner.outcome = Outcome(*losses, results.metrics)
         if buffers is None:
@@ -160,16 +201,29 @@ class Step:
         if finite.any():
             # Again without them: in the backward pass, 0 times what is not finite would reach the shared parameters.
             support, query = select_tasks(support, finite), select_tasks(query, finite)
-            return self._over_chunks(support, query, weights[finite])[0], weights[finite]
+            return over_chunks(support, query, weights[finite])[0], weights[finite]
         params = list(learner.trained_parameters().values())
         zero = torch.zeros((), dtype=total.dtype, device=total.device)
         return with_precomputed_gradients(zero, [torch.zeros_like(p) for p in params], params), weights[finite]
 
-    def _over_chunks(self, support: Any, query: Any, weights: Tensor) -> tuple[Tensor, TaskResults]:
-        """The weighted sum of losses, and the results: of all tasks at once, or of chunks that compute their gradients."""
+    def _over_chunks_gathered(
+        self, whole: Whole, ranks: Ranks, support: Any, query: Any, weights: Tensor
+    ) -> tuple[Tensor, TaskResults]:
+        """The weighted sum of losses, and the results, of a sharded model; backward takes the gradients' mean over ranks."""
+        with whole.placed(), ranks.gathering(), whole.gathered():
+            total, results = self._over_chunks(support, query, weights, whole)
+            return total, whole.own(results)
+
+    def _over_chunks(
+        self, support: Any, query: Any, weights: Tensor, whole: Whole | None = None
+    ) -> tuple[Tensor, TaskResults]:
+        """The weighted sum of losses, and the results: of all tasks at once, or of chunks that compute their gradients.
+
+        What a sharded model needs in its backward pass is gathered inside of the call: there is one chunk at least.
+        """
         tasks = len(weights)
         size = self._learner.chunk_size(support, query, tasks)
-        if size >= tasks and not self._learner.capture:
+        if size >= tasks and not self._learner.capture and whole is None:
             total, results, missed = self._weighted(support, query, weights)
             refuse_missed(missed)
             return total, results
@@ -193,7 +247,10 @@ class Step:
             totals.append(total)
             chunks.append(results)
         total = torch.stack(totals).sum()
-        return with_precomputed_gradients(total, gradients, params), _joined(chunks)
+        if whole is None:
+            return with_precomputed_gradients(total, gradients, params), _joined(chunks)
+        shards = whole.sharded(params)
+        return with_precomputed_gradients(total, gradients, shards, mean_over_ranks), _joined(chunks)
 
     def _with_gradients(
         self, support: Any, query: Any, weights: Tensor
