@@ -266,6 +266,31 @@ def test_back_and_forth_uses_what_was_recorded(draw, recordings):
     assert len(recordings) == 2
 
 
+def test_parameters_are_read_where_they_are(draw, recordings):
+    """A replay neither copies them nor holds a copy; the optimizer changes them in place."""
+    meta, plain = twins(learner(steps=1))
+    agree(meta, plain, [(draw(), draw()) for _ in range(3)])
+    assert recordings == ["step"]
+    own = {p.data_ptr() for p in meta.model.parameters()}
+    for kept in meta._step._capture._programs.values():
+        assert own <= {tensor.data_ptr() for tensor in kept.program._inputs}
+
+
+def test_parameters_that_move_in_memory(draw, recordings):
+    """Copied from the first move on, whatever it takes; what others hold of the old ones stays as it was."""
+    meta, plain = twins(learner(steps=1))
+    for _ in range(4):
+        agree(meta, plain, [(draw(), draw())])
+        old = [p.data for p in meta.parameters()]
+        kept = [tensor.clone() for tensor in old]
+        for ours, theirs in zip(meta.parameters(), plain.parameters(), strict=True):
+            ours.data = ours.data + 0.1
+            theirs.data = theirs.data + 0.1
+        agree(meta, plain, [(draw(), draw())])
+        same(old, kept)
+    assert recordings == ["step"] * 2
+
+
 def test_new_shapes(draw, recordings):
     meta, plain = twins(learner())
     for shots, tasks in ((4, 3), (6, 3), (4, 2), (4, 3)):

@@ -77,6 +77,8 @@ def usual_logging():
 def test_the_code_runs(page, usual_logging, generator):
     if "transformers" in page.read_text() and any(not a and "transformers" in code for a, code in blocks(page)):
         pytest.importorskip("transformers")
+    if any(not a and "import peft" in code for a, code in blocks(page)):
+        pytest.importorskip("peft")
     namespace_of(page)
 
 

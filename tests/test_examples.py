@@ -91,3 +91,38 @@ def test_they_take_at_most_20_lines(package):
     text = (EXAMPLES / f"distributed_{package}.py").read_text()
     first = ast.parse(text).body[1].lineno  # after the docstring
     assert sum(bool(line.strip()) for line in text.splitlines()[first - 1 :]) <= 20
+
+
+@pytest.fixture
+def lora():
+    """The example, with transformers and peft; their own deprecations are not ours to fix."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    pytest.importorskip("babel")
+    return runpy.run_path(str(EXAMPLES / "lora.py"))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning:transformers", "ignore::DeprecationWarning:transformers")
+def test_lora_prints_the_table(lora, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["lora.py", "--pretraining", "2", "--iterations", "1"])
+    monkeypatch.setitem(lora["main"].__globals__, "TASKS", 4)
+    lora["main"]()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("4421 of 94026 parameters are adapted")
+    assert [line.rsplit(maxsplit=3)[0] for line in lines[2:4]] == ["a new adapter", "meta-trained by MAML"]
+
+
+@pytest.mark.usefixtures("fused_cpu")
+@pytest.mark.filterwarnings("ignore::FutureWarning:transformers", "ignore::DeprecationWarning:transformers")
+def test_lora_learns(lora, monkeypatch):
+    monkeypatch.setitem(lora["main"].__globals__, "TASKS", 20)
+    lora["metafast"].integrations.huggingface.register()
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    model = lora["with_adapter"](lora["pretrained"](100, generator))
+    base = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    meta = lora["learner"](model)
+    before = lora["accuracy"](meta, 3, torch.Generator().manual_seed(1))
+    lora["train"](meta, 20, generator)
+    assert lora["accuracy"](meta, 3, torch.Generator().manual_seed(1)) > before + 0.02
+    assert all(torch.equal(p, base[name]) for name, p in model.named_parameters() if not p.requires_grad)

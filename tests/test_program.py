@@ -51,7 +51,23 @@ def agrees(function, draw, replays=REPLAYS):
         kept = [tensor.clone() for tensor in inputs]
         same(program.run(inputs), eager(function, inputs))
         same(inputs, kept)
+    agrees_in_place(function, draw)
     return program
+
+
+def agrees_in_place(function, draw):
+    """The same with inputs that stay where they are, between other numbers."""
+    places = [torch.zeros(tensor.numel() + 5, dtype=tensor.dtype) for tensor in draw()]
+    inputs = [place[3:-2].view(tensor.shape) for place, tensor in zip(places, draw(), strict=True)]
+    program = Program(function, inputs, range(len(inputs)))
+    for _ in range(2):
+        for tensor, new in zip(inputs, draw(), strict=True):
+            tensor.copy_(new)
+        kept = [place.clone() for place in places]
+        assert program.fits(inputs)
+        # As a replay has inputs: contiguous, and changed nowhere else.
+        same(program.run(inputs), eager(function, inputs))
+        same(places, kept)
 
 
 @pytest.fixture
@@ -448,6 +464,22 @@ def test_what_a_replay_would_get_wrong_is_refused(normal, function, message):
         record(function, normal((3, 3), dtype=torch.float32)())
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
+
+
+def test_inputs_that_stay_are_not_copied(normal):
+    def function(x, y, z):
+        return (x @ y).exp() + z.mul_(2)
+
+    x, y, z = inputs = normal((4, 4), (4, 4), (4, 4))()
+    program = Program(function, inputs, {0, 2})
+    # The second may move; the third is changed in place, where only a copy may be.
+    assert [a is not b for a, b in zip(program.copied(inputs), inputs, strict=True)] == [False, True, True]
+    assert program.fits([x, y.clone(), z.clone()])
+    assert not program.fits([x.clone(), y, z])
+    assert not program.fits([x.t(), y, z])
+    assert {tensor.data_ptr() for tensor in program._inputs} & {t.data_ptr() for t in inputs} == {x.data_ptr()}
+    given = [x, *normal((4, 4), (4, 4))()]
+    same(program.run(given), eager(function, given))
 
 
 def test_other_tensors_are_read_live(normal):

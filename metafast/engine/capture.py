@@ -52,6 +52,8 @@ class Capture:
         self._warned = False
         # Attributes that replays put tensors into, and that no program reads.
         self._left: set[tuple[int, Any]] = set()
+        # Whether programs read parameters where they are, until one is found elsewhere.
+        self._in_place = True
 
     def replay(self, name: str, function: Callable[..., Any], *arguments: Any, update_buffers: bool = True) -> Any:
         """``function(*arguments)`` without a graph.
@@ -86,6 +88,10 @@ class Capture:
             )
 
         kind = key()
+        if kind in self._programs and not self._programs[kind].program.fits(inputs):
+            # Somebody puts others into their places (``p.data = …``), and may do so each time.
+            self._in_place = False
+            del self._programs[kind]
         if kind not in self._programs:
             kept = self._recorded(name, call, inputs)
             # The first call may have made attributes that the next ones find.
@@ -119,7 +125,7 @@ class Capture:
         if recording.new:
             # An ordinary call makes what the next ones find, such as a mask, with numbers in it.
             random = RandomState(inputs[0].device)
-            call.run([tensor.clone() for tensor in inputs])
+            call.run(recording.program.copied(inputs))
             random.restore()
             recording = self._recorded_once(call, inputs)
             if recording.moving:
@@ -160,7 +166,7 @@ class Capture:
             return result, values, [of_last_task(tensor) for _, tensor in made]
 
         try:
-            program = Program(run, inputs)
+            program = Program(run, inputs, self._staying(call.state))
         finally:
             before.restore()
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in program.reached):
@@ -176,6 +182,11 @@ class Capture:
             others.append(forget(strays))
             new.append(others[-1])
         return _Recording(program, buffers, left, new, moving=[*others, *moving])
+
+    def _staying(self, state: dict[str, Tensor]) -> list[int]:
+        """Numbers of the inputs that programs read where they are: parameters. Buffers may be copies of each call's own."""
+        parameters = {name for name, _ in self._module.named_parameters()} if self._in_place else ()
+        return [number for number, name in enumerate(state) if name in parameters]
 
     def _replays(self) -> int:
         replays: Any = getattr(self._module, "capture_check", 0)

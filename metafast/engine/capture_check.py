@@ -62,7 +62,7 @@ class Check:
         before.restore()
         try:
             changed: dict[str, bool] = {}
-            expected = call.run([tensor.clone() for tensor in inputs], changed)
+            expected = call.run(program.copied(inputs), changed)
         finally:
             after.restore()
             kept.restore()

@@ -87,7 +87,7 @@ class Learners:
                     f"{name}: expected tensors of each task's own, or something without tensors, got a "
                     f"{type(value).__name__}, which all tasks would write to; call learners.model(task)"
                 )
-        if "use_cache" in inspect.signature(self._function.module.forward).parameters:
+        if _takes(self._function.module, "use_cache"):
             same.setdefault("use_cache", False)
         if self._sharded is not None:
             whole = Whole(self._sharded)
@@ -128,3 +128,16 @@ class Learners:
                 else:
                     params[name].copy_(values[task])
         return module
+
+
+def _takes(module: nn.Module, option: str) -> bool:
+    """Whether calls of the module take a keyword argument of this name.
+
+    Models of ``peft`` name few arguments, and hand all others to the model inside, which ``get_base_model`` gives.
+    """
+    parameters = inspect.signature(module.forward).parameters
+    if option in parameters:
+        return True
+    hands_on = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    inside = getattr(module, "get_base_model", None)
+    return hands_on and callable(inside) and option in inspect.signature(inside().forward).parameters

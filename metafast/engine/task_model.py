@@ -274,7 +274,9 @@ def _side_by_side(call: _Call) -> Any:
 
 
 def _hint(module: nn.Module) -> str:
-    if any(type(part).__module__.startswith("transformers.") for part in module.modules()):
+    theirs = [part for part in module.modules() if type(part).__module__.startswith("transformers.")]
+    ours = [getattr(getattr(part, "config", None), "_attn_implementation", None) == "metafast" for part in theirs]
+    if theirs and not any(ours):
         return (
             "; metafast.integrations.huggingface.register() and attn_implementation='metafast' let models of transformers "
             "run under it"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,29 +26,37 @@ class Built:
         module: the graph, with the tensors that it reads besides its inputs.
         plan: plan of the graph.
         device: device of the computation.
+        given: for each input, a tensor that calls read where it is; None for one that gets memory of its own.
 
     Attributes:
         inputs, outputs: tensors that calls read and write; an output may be something else than a tensor.
+        in_place: for each input, whether it is the given tensor. One that a call changes is not.
         calls: the calls, in the order in which they are made.
         writes: for each input, whether a call changes it.
         constant: for each output, whether no call makes it.
     """
 
-    def __init__(self, module: fx.GraphModule, plan: Plan, device: torch.device) -> None:
+    def __init__(
+        self, module: fx.GraphModule, plan: Plan, device: torch.device, given: Sequence[Tensor | None]
+    ) -> None:
         self._plan = plan
         self._values: dict[fx.Node, Any] = {}
         self._memory = block(plan.bytes, device)
         self.inputs: list[Tensor] = []
+        self.in_place: list[bool] = []
         self.writes: list[bool] = []
         self.calls: list[Call] = []
         self.outputs: list[Any] = []
         self.constant: list[bool] = []
         for node in plan.nodes:
             if node.op == "placeholder":
-                given = node.meta["val"]
-                self.inputs.append(torch.empty(given.shape, dtype=given.dtype, device=given.device))
-                self._values[node] = self.inputs[-1]
+                recorded, there = node.meta["val"], given[len(self.inputs)]
                 self.writes.append(Root(node, 0) in self._plan.aliases.written)
+                self.in_place.append(there is not None and not self.writes[-1])
+                if there is None or self.writes[-1]:
+                    there = torch.empty(recorded.shape, dtype=recorded.dtype, device=recorded.device)
+                self.inputs.append(there)
+                self._values[node] = there
             elif node.op == "get_attr":
                 self._values[node] = operator.attrgetter(node.target)(module)
             elif node.op == "call_function":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -22,6 +22,9 @@ class Program:
     Args:
         function: gives a pytree of tensors, and fulfils the conditions of :func:`metafast.program.record`.
         inputs: inputs like those of later calls.
+        staying: numbers of inputs that are expected to stay where they are in memory, such as a model's parameters. Where
+            the function does not change them and they are contiguous, they are read there: a replay neither copies them nor
+            keeps a copy.
 
     Attributes:
         bytes: size of the intermediate values.
@@ -34,29 +37,46 @@ class Program:
         NotRecordableError: see :func:`metafast.program.record`.
     """
 
-    def __init__(self, function: Callable[..., Any], inputs: list[Tensor]) -> None:
+    def __init__(
+        self, function: Callable[..., Any], inputs: list[Tensor], staying: Collection[int] = frozenset()
+    ) -> None:
         recorded = record(function, [tensor.contiguous() for tensor in inputs])
         graph = recorded.module.graph
         nodes = list(graph.nodes)
         simplify(graph)
         nodes += graph.nodes
         self._structure = recorded.outputs
+        given = [
+            tensor.detach() if number in staying and _is_dense(tensor) else None for number, tensor in enumerate(inputs)
+        ]
         self.reached = recorded.reached
         self.mode = recorded.mode
         self._lock = threading.Lock()
         # Inference tensors: operations on them pass autograd by.
         with torch.inference_mode():
             plan = Plan(graph)
-            built = Built(recorded.module, plan, inputs[0].device)
+            built = Built(recorded.module, plan, inputs[0].device, given)
             self.bytes = plan.bytes
             self._inputs, self._outputs, self._calls = built.inputs, built.outputs, built.calls
-            self.writes, self.constant = built.writes, built.constant
+            self.writes, self.constant, self._in_place = built.writes, built.constant, built.in_place
             if inputs[0].device.type == "cuda":
                 self._take(inputs)
                 self._calls = [_as_cuda_graph(self._calls, inputs[0].device)]
         # Nodes refer to each other: their tensors without data would be there until the garbage collector comes.
         for node in nodes:
             node.meta.clear()
+
+    def fits(self, inputs: list[Tensor]) -> bool:
+        """Whether inputs that are read where they are have stayed there; ``run`` takes no others."""
+        return all(
+            now.data_ptr() == then.data_ptr() and _is_dense(now)
+            for now, then, in_place in zip(inputs, self._inputs, self._in_place, strict=True)
+            if in_place
+        )
+
+    def copied(self, inputs: list[Tensor]) -> list[Tensor]:
+        """The inputs, with copies of those that a replay copies."""
+        return [given if in_place else given.clone() for given, in_place in zip(inputs, self._in_place, strict=True)]
 
     def run(self, inputs: list[Tensor]) -> Any:
         """The function's result, in memory of its own."""
@@ -71,8 +91,14 @@ class Program:
         return pytree.tree_unflatten(leaves, self._structure)
 
     def _take(self, inputs: list[Tensor]) -> None:
-        for static, given in zip(self._inputs, inputs, strict=True):
-            static.copy_(given)
+        for static, given, in_place in zip(self._inputs, inputs, self._in_place, strict=True):
+            if not in_place:
+                static.copy_(given)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether memory holds the tensor as it was recorded."""
+    return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg() and not tensor.is_inference()
 
 
 def _as_cuda_graph(calls: list[Call], device: torch.device) -> Call:
