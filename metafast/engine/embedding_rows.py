@@ -42,7 +42,10 @@ class Rows(NamedTuple):
 
     def of(self, weight: Tensor, ids: Tensor) -> Tensor:
         """The rows ``[*, D]`` of one task with the numbers ``ids`` ``[*]``: adapted, or those of ``weight`` ``[V, D]``."""
-        others = embedding(weight, ids)
+        return self.over(embedding(weight, ids), ids)
+
+    def over(self, others: Tensor, ids: Tensor) -> Tensor:
+        """The rows ``[*, D]`` of one task with the numbers ``ids`` ``[*]``: adapted, or those of ``others`` ``[*, D]``."""
         if self.ids.shape[-1] == 0:
             return others
         place, known = self.places(ids)
@@ -260,24 +263,15 @@ def grown(
     if rows.ids.shape[1] == 0 and len(found) == 1 and in_graph:
         return *found[0], []
     ids = torch.cat([rows.ids, *(block.rows.ids for block in found)], dim=1).sort(dim=1).values
+    of_tasks = torch.func.vmap(Rows.over)
     others = embedding(weight, ids)
-    values = _extended(rows, ids, others)
-    states = [_extended(Rows(state, rows.ids), ids, torch.zeros_like(others)) for state in states]
+    values = of_tasks(rows, others, ids)
+    states = [of_tasks(Rows(state, rows.ids), torch.zeros_like(others), ids) for state in states]
     grads = torch.zeros_like(values)
     for block in found:
         place = torch.searchsorted(ids, block.rows.ids).unsqueeze(-1).expand_as(block.grads)
         grads = grads.scatter_add(1, place, block.grads)
     return Rows(values, ids), grads, list(states)
-
-
-def _extended(rows: Rows, ids: Tensor, others: Tensor) -> Tensor:
-    """The rows ``[T, n, D]`` with the numbers ``ids`` ``[T, n]``: adapted, or ``others``."""
-    if rows.ids.shape[1] == 0:
-        return others
-    place = torch.searchsorted(rows.ids, ids).clamp(max=rows.ids.shape[1] - 1)
-    known = rows.ids.gather(1, place) == ids
-    adapted = rows.values.gather(1, place.unsqueeze(-1).expand_as(others))
-    return torch.where(known.unsqueeze(-1), adapted, others)
 
 
 class _Table(Tensor):

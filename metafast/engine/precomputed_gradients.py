@@ -13,11 +13,16 @@ from torch.autograd import Function
 Reduction: TypeAlias = Callable[[Tensor, Sequence[Tensor | None], Sequence[Tensor]], Sequence[Tensor | None]]
 
 
+def multiplied(grad: Tensor, gradients: Sequence[Tensor | None], params: Sequence[Tensor]) -> list[Tensor | None]:
+    """The gradients of the chain rule."""
+    return [None if g is None else _product(grad.to(g.dtype), g) for g in gradients]
+
+
 def with_precomputed_gradients(
     values: Tensor,
     gradients: Sequence[Tensor | None],
     params: list[Tensor],
-    reduction: Reduction | None = None,
+    reduction: Reduction = multiplied,
 ) -> Tensor:
     """``values`` as a function of ``params`` with given derivatives.
 
@@ -25,7 +30,7 @@ def with_precomputed_gradients(
         values: of any shape, ``[]`` or ``[T]``.
         gradients: for each of ``params`` the derivatives of all values, ``[*values.shape, *param.shape]``, or None.
         params: what gets the gradients.
-        reduction: makes gradients of derivatives in the backward pass; None: by multiplication.
+        reduction: makes gradients of derivatives in the backward pass.
     """
     return _PrecomputedGradients.apply(values.detach(), gradients, reduction, *params)
 
@@ -33,29 +38,18 @@ def with_precomputed_gradients(
 class _PrecomputedGradients(Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        values: Tensor,
-        gradients: Sequence[Tensor | None],
-        reduction: Reduction | None,
-        *params: Tensor,
+        ctx: Any, values: Tensor, gradients: Sequence[Tensor | None], reduction: Reduction, *params: Tensor
     ) -> Tensor:
         ctx.gradients = gradients
         ctx.reduction = reduction
         # Held by the graph anyway, which comes to them.
-        ctx.params = params if reduction is not None else ()
+        ctx.params = params
         return values.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.reduction is not None:
-            return None, None, None, *ctx.reduction(grad, ctx.gradients, ctx.params)
-        return (
-            None,
-            None,
-            None,
-            *(None if g is None else _product(grad.to(g.dtype), g) for g in ctx.gradients),
-        )
+        return None, None, None, *ctx.reduction(grad, ctx.gradients, ctx.params)
 
 
 def _product(grad: Tensor, derivatives: Tensor) -> Tensor:
