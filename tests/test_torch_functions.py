@@ -226,7 +226,8 @@ def examine(op, draws, kind, shared, in_place, counts, where):
 
 def _seeded(seed, function):
     torch.manual_seed(seed)
-    return {name: x.detach() for name, x in function().items()}
+    # Some operators have sparse derivatives, which torch.equal does not take.
+    return {name: x.detach().to_dense() for name, x in function().items()}
 
 
 def _line(error):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import time
 import traceback
 
@@ -29,6 +30,8 @@ def _process(rank, folder, function, arguments, seconds):
         found = f"{type(error).__name__}: {error}"
         traceback.print_exc()
     torch.save(found, folder / f"{rank}.pt")
+    # Sharded modules are in cycles of references, and have to be gone before their process group is.
+    gc.collect()
     dist.destroy_process_group()
 
 
