@@ -13,7 +13,7 @@ from plain_loop import at, task
 from torch import nn
 
 import metafast
-from metafast.engine import embedding_rows
+from metafast.engine import embedding_rows, embedding_table
 from metafast.inner import SGD, Adam, AdamW, RMSprop
 
 TASKS, EXAMPLES, LENGTH, STEPS, WORDS, WIDTH, WAYS = 3, 4, 5, 3, 60, 6, 3
@@ -32,7 +32,7 @@ RULES = {
 
 @pytest.fixture(autouse=True)
 def tables_are_large(monkeypatch):
-    monkeypatch.setattr(embedding_rows, "LEAST_ROWS", 16)
+    monkeypatch.setattr(embedding_table, "LEAST_ROWS", 16)
 
 
 class Net(nn.Module):

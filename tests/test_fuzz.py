@@ -23,7 +23,7 @@ from random_models import TASKS, WAYS, Loss, batch, models
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import metafast
-from metafast.engine import embedding_rows
+from metafast.engine import embedding_table
 from metafast.inner import SGD, Adam, AdamW, RMSprop
 from metafast.program import NotRecordableError
 
@@ -120,7 +120,7 @@ def outcome(meta, batches, task_weights):
 def tables_are_large():
     """The rows of small embeddings are adapted by themselves, too."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(embedding_rows, "LEAST_ROWS", 1)
+        patch.setattr(embedding_table, "LEAST_ROWS", 1)
         yield
 
 

@@ -21,9 +21,9 @@ from metafast.engine.embedding_rows import (
     WholeTableError,
     no_rows,
     refuse_missed,
-    tables_by_rows,
     watching_for_missed,
 )
+from metafast.engine.embedding_table import tables_by_rows
 from metafast.engine.finite import check_finite
 from metafast.engine.inference_mode import outside_inference_mode, usable
 from metafast.engine.inner_loop import Adapted, InnerLoop, Losses, Start

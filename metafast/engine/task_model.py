@@ -15,7 +15,8 @@ from torch.utils import _pytree as pytree
 
 from metafast.acceleration import accelerated_thread, replaced_names
 from metafast.computed_once import anew, once
-from metafast.engine.embedding_rows import TaskParams, current_lookups, repeating_lookups, with_tables
+from metafast.engine.embedding_rows import TaskParams, current_lookups, repeating_lookups
+from metafast.engine.embedding_table import with_tables
 from metafast.engine.placed_tensors import placed
 from metafast.engine.recompute_in_model import recomputed_with
 from metafast.engine.replay_state import written_parameters
