@@ -42,7 +42,7 @@ def main() -> None:
     error = train(options)
     if dist.get_rank() == 0:
         print(f"{dist.get_world_size()} processes, mean squared error after one step: {error:.3f}")
-    # What train() has made holds the process group, sharded modules in cycles of references: all of it has to be gone before.
+    # What train() has made holds the process group, sharded modules in cycles of references: it has to be gone before.
     gc.collect()
     dist.destroy_process_group()
 

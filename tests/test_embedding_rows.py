@@ -11,6 +11,7 @@ import torch.utils.checkpoint
 from plain_learners import PlainLearner
 from plain_loop import at, task
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import metafast
 from metafast.engine import embedding_rows, embedding_table
@@ -179,6 +180,45 @@ def test_more_options_and_padding(model, options):
     meta = learner(model(), **options)
     check_against_the_plain_loop(meta)
     assert adapts_rows(meta)
+
+
+class DenseGradients(TorchDispatchMode):
+    """Counts the gradients that are made as large as the table."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        made = func in (torch.ops.aten.embedding_dense_backward.default, torch.ops.aten._to_dense.default)
+        self.count += made and tuple(out.shape) == (WORDS, WIDTH)
+        return out
+
+
+@pytest.mark.parametrize("options", [{}, {"checkpoint": True}, {"task_batching": "loop"}], ids=str)
+@pytest.mark.parametrize("model", [Net, TwoLookUps])
+def test_chunks_make_one_dense_gradient_of_a_table(model, options):
+    """At the end, of all tasks."""
+    meta = learner(model(), tasks_per_chunk=1, **options)
+    check_against_the_plain_loop(meta)
+    support, query = batch(examples=2), batch(examples=2)
+    with DenseGradients() as dense:
+        loss = meta(support, query)
+    assert dense.count == 1
+    meta.zero_grad()
+    loss.backward()
+    assert not meta.model.words.weight.grad.is_sparse
+
+
+def test_an_embedding_that_is_made_sparse_keeps_its_gradient_so():
+    model = Net(sparse=True)
+    meta = learner(model, adapt_parameters=["head.*"], task_batching="loop", tasks_per_chunk=1)
+    support, query = batch(), batch()
+    expected = PlainLearner(meta)([support] * STEPS, query, None)[1]["model.words.weight"]
+    meta(support, query).backward()
+    assert model.words.weight.grad.is_sparse
+    torch.testing.assert_close(model.words.weight.grad.to_dense(), expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("options", [{}, {"checkpoint": True}, {"capture": True}, {"task_batching": "loop"}], ids=str)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from metafast.backend import BackendUnavailableError, use_backend
 from metafast.inner import SGD, Adam, AdamW, RMSprop, Rule
-from metafast.ops.task_update import library, task_update
+from metafast.ops.task_update import library, only_derivatives, task_update
 from metafast.testing import relative_error
 
 Shapes = Sequence[tuple[int, ...]]
@@ -528,6 +528,21 @@ def test_fixed_rates_keep_no_tensor_for_the_backward_pass() -> None:
     assert kept() is None
     new.sum().backward()
     torch.testing.assert_close(leaf.grad, torch.full((TASKS, 5), -0.2))
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("rates", RATES)
+def test_derivatives_without_the_numbers(rule: Rule, rates: str) -> None:
+    call = Call(rule, rates)
+    leaves = call.leaves()
+    expected = call(*leaves)
+    with only_derivatives():
+        found = call(*leaves)
+    cotangents = [torch.randn_like(x) for x in expected]
+    assert [x.shape for x in found] == [x.shape for x in expected]
+    assert all(x.untyped_storage().nbytes() <= 8 for x in found)
+    grads = [torch.autograd.grad(results, leaves, cotangents, allow_unused=True) for results in (expected, found)]
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
 def test_first_order_gradients_need_no_gradient() -> None:

@@ -330,6 +330,11 @@ class MetaLearner(nn.Module):
         logger.info("%s", error)
         self._whole_tables = (*self._whole_tables, error.name)
 
+    def tables(self) -> list[Tensor]:
+        """The weights of the embeddings of which the inner loop adapts the rows that are looked up."""
+        adapted = self.split_parameters().adapted
+        return [adapted[name] for name in self._tables(adapted)]
+
     def _tables(self, adapted: Params) -> frozenset[str]:
         """The embeddings of which the inner loop adapts the rows that are looked up."""
         # Parts of a support set look up rows of their own; a sharded table is gathered as a whole.

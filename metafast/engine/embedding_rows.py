@@ -34,7 +34,7 @@ class Rows(NamedTuple):
 
     def of(self, weight: Tensor, ids: Tensor) -> Tensor:
         """The rows ``[*, D]`` of one task with the numbers ``ids`` ``[*]``: adapted, or those of ``weight`` ``[V, D]``."""
-        return self.over(embedding(weight, ids), ids)
+        return self.over(shared_rows(weight, ids), ids)
 
     def over(self, others: Tensor, ids: Tensor) -> Tensor:
         """The rows ``[*, D]`` of one task with the numbers ``ids`` ``[*]``: adapted, or those of ``others`` ``[*, D]``."""
@@ -55,6 +55,12 @@ class Rows(NamedTuple):
         for table, values, ids in zip(tables, self.values.detach(), self.ids, strict=True):
             table[ids] = Rows(values, ids).of(weight, ids)
         return tables
+
+
+def shared_rows(weight: Tensor, ids: Tensor) -> Tensor:
+    """The rows ``[*, D]`` of a weight ``[V, D]`` that all tasks share with the numbers ``ids`` ``[*]``."""
+    sparse = _here.sparse and 2 * ids.numel() < weight.shape[0]
+    return torch.ops.aten.embedding(weight, ids, -1, False, sparse)
 
 
 # Each task's parameters ``[T, *shape]``; of some embeddings Rows, in algorithms that allow them.
@@ -195,6 +201,7 @@ def _of_tasks(calls: Sequence[tuple[_Block, Tensor | None]]) -> Found:
 class _Here(threading.local):
     lookups: Lookups | None = None
     missed: dict[str, list[Tensor]] | None = None
+    sparse: bool = False
 
 
 _here = _Here()
@@ -213,6 +220,24 @@ def looking_up(lookups: Lookups | None) -> Iterator[None]:
         yield
     finally:
         _here.lookups = before
+
+
+def are_sparse_gradients_taken() -> bool:
+    """Whether :func:`sparse_gradients` says so."""
+    return _here.sparse
+
+
+@contextlib.contextmanager
+def sparse_gradients(taken: bool) -> Iterator[None]:
+    """Inside, where ``taken``, a table of which few rows are read gets a sparse gradient: a dense one is as large as it is.
+
+    The table has to be a leaf.
+    """
+    before, _here.sparse = _here.sparse, taken
+    try:
+        yield
+    finally:
+        _here.sparse = before
 
 
 @contextlib.contextmanager
@@ -256,7 +281,7 @@ def grown(
         return *found[0], []
     ids = torch.cat([rows.ids, *(block.rows.ids for block in found)], dim=1).sort(dim=1).values
     of_tasks = torch.func.vmap(Rows.over)
-    others = embedding(weight, ids)
+    others = shared_rows(weight, ids)
     values = of_tasks(rows, others, ids)
     states = [of_tasks(Rows(state, rows.ids), torch.zeros_like(others), ids) for state in states]
     grads = torch.zeros_like(values)

@@ -22,10 +22,10 @@ from torch.utils import _pytree as pytree
 
 from metafast.computed_once import once
 from metafast.engine.embedding_rows import Found, Lookups, Rows, TaskParams, grown, looking_up, no_rows
-from metafast.engine.recompute_step import Recomputable, recomputed
+from metafast.engine.recompute_step import Recomputable, is_rebuilding, recomputed
 from metafast.engine.task_batch import Params, PerStep, micro_batches, support_at
 from metafast.inner import Rule
-from metafast.ops.task_update import task_update
+from metafast.ops.task_update import only_derivatives, task_update
 
 
 class Losses(Protocol):
@@ -181,7 +181,8 @@ class InnerLoop:
                 p, grads[name], states = grown(p, shared[name], found.get(name, []), states, in_graph=create_graph)
                 state = {key: {**state[key], name: tensor} for key, tensor in zip(state, states, strict=True)}
             tensors[name], ids[name] = p
-        tensors, state = task_update(self.rule, tensors, grads, state or None, rates=rates or None, step=number)
+        with only_derivatives(is_rebuilding()):
+            tensors, state = task_update(self.rule, tensors, grads, state or None, rates=rates or None, step=number)
         return {n: Rows(p, ids[n]) if n in ids else p for n, p in tensors.items()}, state, losses.detach()
 
     def _gradients(

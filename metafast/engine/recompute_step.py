@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 import torch
@@ -36,6 +38,27 @@ def recomputed(function: Recomputable, inputs: Any, model: nn.Module) -> Any:
     return pytree.tree_unflatten(list(outputs), call.outputs)
 
 
+class _Here(threading.local):
+    rebuilding: bool = False
+
+
+_here = _Here()
+
+
+def is_rebuilding() -> bool:
+    """Whether a function runs again for the sake of its graph alone: its results are not read."""
+    return _here.rebuilding
+
+
+@contextlib.contextmanager
+def _rebuilding() -> Iterator[None]:
+    before, _here.rebuilding = _here.rebuilding, True
+    try:
+        yield
+    finally:
+        _here.rebuilding = before
+
+
 class _Call:
     def __init__(self, function: Recomputable, structure: pytree.TreeSpec, model: nn.Module) -> None:
         self.function = function
@@ -66,16 +89,14 @@ class _Recomputed(Function):
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad[1:]
         inputs = [t.detach().requires_grad_(want) for t, want in zip(ctx.saved_tensors, wanted, strict=True)]
-        with torch.enable_grad(), ctx.replay_state.replayed():
+        with torch.enable_grad(), ctx.replay_state.replayed(), _rebuilding():
             outputs = ctx.call.run(inputs, create_graph=True)
-        reached = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
+        reached = [c for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
+        edges = [torch.autograd.graph.get_gradient_edge(o) for o in outputs if o.requires_grad]
+        del outputs
         leaves = [tensor for tensor in inputs if tensor.requires_grad]
-        found = find_untracked([o for o, _ in reached], leaves)
-        grads = iter(
-            torch.autograd.grad([o for o, _ in reached], leaves, [c for _, c in reached], allow_unused=True)
-            if reached
-            else [None] * len(leaves)
-        )
-        del outputs, reached
+        found = find_untracked([edge.node for edge in edges], leaves)
+        grads = iter(torch.autograd.grad(edges, leaves, reached, allow_unused=True) if edges else [None] * len(leaves))
+        del edges, reached
         refuse_untracked(found, "checkpoint=True")
         return (None, *(next(grads) if want else None for want in wanted))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from metafast.backend import requested_backend, use_backend
+from metafast.engine.embedding_rows import are_sparse_gradients_taken, sparse_gradients
 from metafast.engine.module_attributes import Attributes, Change
 from metafast.engine.placed_tensors import placed
 from metafast.program import is_recording
@@ -17,7 +18,8 @@ from metafast.program import is_recording
 class ReplayState:
     """What a computation depends on besides its inputs, as it is before it.
 
-    The random state, the backend, autocast, and the model's buffers, attributes and parameters that a forward writes to.
+    The random state, the backend, autocast, whether tables get sparse gradients, and the model's buffers, attributes and
+    parameters that a forward writes to.
 
     Args:
         device: where the computation runs.
@@ -31,6 +33,7 @@ class ReplayState:
         self._type = device.type
         self._autocast = torch.is_autocast_enabled(device.type)
         self._dtype = torch.get_autocast_dtype(device.type)
+        self._sparse = are_sparse_gradients_taken()
         self._buffers = Buffers(model)
         self._attributes = Attributes(model)
         self._model = model
@@ -51,6 +54,7 @@ class ReplayState:
             torch.random.fork_rng(self._devices),
             use_backend(self._backend),
             torch.autocast(self._type, dtype=self._dtype, enabled=self._autocast),
+            sparse_gradients(self._sparse),
             self._buffers.scratch(),
             self._attributes.scratch(),
             placed(self._model, {name: table.clone() for name, table in self._tables.items()}),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from metafast.engine.capture import Capture
-from metafast.engine.embedding_rows import WholeTableError, refuse_missed, watching_for_missed
+from metafast.engine.embedding_rows import WholeTableError, refuse_missed, sparse_gradients, watching_for_missed
 from metafast.engine.finite import check_finite, describe_not_finite, finite_tasks
 from metafast.engine.precomputed_gradients import with_precomputed_gradients
 from metafast.engine.reduction import Ranks, check_weights
@@ -100,6 +100,8 @@ class Learner(Protocol):
     def chunk_size(self, support: Any, query: Any, tasks: int) -> int: ...
 
     def choose_memory(self, support: Any, tasks: int) -> None: ...
+
+    def tables(self) -> list[Tensor]: ...
 
     def adapt_whole(self, error: WholeTableError) -> None: ...
 
@@ -247,6 +249,9 @@ class Step:
             totals.append(total)
             chunks.append(results)
         total = torch.stack(totals).sum()
+        # Not those of an embedding that a user has made sparse.
+        tables = {id(p) for p in self._learner.tables()}
+        gradients = [_dense(g) if id(p) in tables else g for p, g in zip(params, gradients, strict=True)]
         if whole is None:
             return with_precomputed_gradients(total, gradients, params), _joined(chunks)
         shards = whole.sharded(params)
@@ -260,13 +265,15 @@ class Step:
         def step(
             support: Any, query: Any, weights: Tensor
         ) -> tuple[Tensor, dict[str, dict[str, Tensor | None]], TaskResults, dict[str, list[Tensor]]]:
-            total, results, missed = self._weighted(support, query, weights)
+            # A recording holds no sparse tensors.
+            with sparse_gradients(not self._learner.capture):
+                total, results, missed = self._weighted(support, query, weights)
             params = self._learner.trained_parameters()
             if not total.requires_grad:
                 return total, {"gradient": dict.fromkeys(params)}, results, missed
             leaves = list(params.values())
             # A recording refuses untracked leaves by itself.
-            found = [] if self._learner.capture else find_untracked([total], leaves)
+            found = [] if self._learner.capture else find_untracked([total.grad_fn], leaves)
             grads = torch.autograd.grad(total, leaves, allow_unused=True)
             total = total.detach()
             refuse_untracked(found, "tasks_per_chunk")
@@ -328,11 +335,16 @@ def _add(gradients: list[Tensor | None], more: list[Tensor | None], sums: set[in
         other, more[index] = more[index], None
         if gradient is None or other is None:
             gradients[index] = other if gradient is None else gradient
-        elif index in sums:
+        elif index in sums and not gradient.is_sparse:
             gradient += other
         else:
-            gradients[index] = gradient + other
+            # A sum of sparse ones is sparse, and grows.
+            gradients[index] = other + gradient if gradient.is_sparse else gradient + other
             sums.add(index)
+
+
+def _dense(gradient: Tensor | None) -> Tensor | None:
+    return gradient.coalesce().to_dense() if gradient is not None and gradient.is_sparse else gradient
 
 
 def _joined(chunks: list[TaskResults]) -> TaskResults:

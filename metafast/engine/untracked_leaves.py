@@ -6,15 +6,16 @@ import weakref
 from collections.abc import Iterable
 
 from torch import Tensor
+from torch.autograd.graph import Node
 
 References = list["weakref.ref[Tensor]"]
 
 
-def find_untracked(outputs: Iterable[Tensor], known: Iterable[Tensor]) -> References:
-    """The leaves of the graph of ``outputs`` that are not among the ``known`` ones."""
+def find_untracked(nodes: Iterable[Node | None], known: Iterable[Tensor]) -> References:
+    """The leaves of the graph that ends in ``nodes`` that are not among the ``known`` ones."""
     ours = {id(tensor) for tensor in known}
     found = []
-    waiting = [output.grad_fn for output in outputs]
+    waiting = list(nodes)
     seen = set(waiting)
     while waiting:
         node = waiting.pop()

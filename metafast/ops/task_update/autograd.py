@@ -6,7 +6,9 @@ them of the update. Where a rule is linear in its tensors they are the kernels a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +20,30 @@ from metafast.ops.functions import Function, all_batched, is_forward_mode
 from metafast.ops.task_update import library, reference
 from metafast.ops.torch_internals import are_transforms_active
 
-__all__ = ["update"]
+__all__ = ["only_derivatives", "update"]
 
 Group = Sequence[Tensor]
 Tensors = tuple[Tensor, ...]
+
+
+class _Here(threading.local):
+    numbers: bool = True
+
+
+_here = _Here()
+
+
+@contextlib.contextmanager
+def only_derivatives(only: bool = True) -> Iterator[None]:
+    """Inside, where ``only``, results of an update that autograd follows have its graph, and no numbers of their own: zeros.
+
+    A graph that is rebuilt for its derivative has no use for them. They would take the memory of a set of parameters.
+    """
+    before, _here.numbers = _here.numbers, not only
+    try:
+        yield
+    finally:
+        _here.numbers = before
 
 
 def update(rule: Rule, groups: Sequence[Group], step: int) -> tuple[list[Tensor], ...]:
@@ -34,6 +56,7 @@ def update(rule: Rule, groups: Sequence[Group], step: int) -> tuple[list[Tensor]
         step=step,
         sizes=tuple(len(group) for group in groups),
         shared=tuple(param.dim() < grad.dim() for param, grad in zip(params, grads, strict=True)),
+        numbers=_here.numbers,
     )
     flat = _Update.apply(layout, *(tensor for group in groups for tensor in group))
     return layout.split_results(flat)
@@ -56,6 +79,7 @@ class _Layout:
     step: int
     sizes: tuple[int, ...]  # of the groups: parameters, gradients, state by state, rate by rate
     shared: tuple[bool, ...]
+    numbers: bool  # whether results have them
 
     def split(self, flat: Sequence[Tensor]) -> tuple[list[Tensor], ...]:
         return _split(flat, self.sizes)
@@ -97,7 +121,11 @@ class _Layout:
 class _Update(Function):
     @staticmethod
     def forward(layout: _Layout, *flat: Tensor) -> Tensors:
-        return _join(library.update(layout.rule, layout.split(flat), layout.step))
+        groups = layout.split(flat)
+        if not layout.numbers:
+            results = layout.results // len(layout.shared)
+            return tuple(grad.new_zeros(()).expand(grad.shape) for _ in range(results) for grad in groups[1])
+        return _join(library.update(layout.rule, groups, layout.step))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
