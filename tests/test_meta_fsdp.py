@@ -326,7 +326,6 @@ def attempts(rank):
     sharded = shard_layers(classifier())
     attempt("capture", lambda: head(sharded, capture=True)(support, query))
     attempt("skip", lambda: head(sharded, on_nonfinite="skip").adapt(support))
-    attempt("auto", lambda: head(sharded, checkpoint="auto")(support, query))
     attempt("numbers of tasks", lambda: head(sharded)(*part(batches(), slice(0, 3 - rank))))
     attempt("batches", lambda: head(sharded)(support if rank else [], query))
     attempt("check", lambda: metafast.check(head(sharded), support, query))
@@ -481,7 +480,6 @@ ALONE = "since ranks gather sharded parameters together"
 REFUSED = {
     "capture": "ValueError: capture: expected False with sharded parameters, which a replay would need whole, got True",
     "skip": f"ValueError: on_nonfinite: expected 'raise', {ALONE} and none can repeat a call, got 'skip'",
-    "auto": f"ValueError: checkpoint: expected True or False, {ALONE} and may differ in free memory, got 'auto'",
     "check": "ValueError: meta: expected a model that can be copied, which fully_shard's cannot; ",
     "model": "ValueError: model: expected a model that can be copied, which fully_shard's cannot; ",
     "seeds": "ValueError: model: expected parameters that are not sharded to be the same on all ranks, got others in "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 from abc import abstractmethod
 from collections.abc import Iterator
@@ -29,9 +30,10 @@ from metafast.engine.inference_mode import outside_inference_mode, usable
 from metafast.engine.inner_loop import Adapted, InnerLoop, Losses, Start
 from metafast.engine.learned_rates import LearnedRates
 from metafast.engine.learners import Learners
-from metafast.engine.memory_budget import graphs_fit, tasks_side_by_side
+from metafast.engine.memory_budget import check_budget
+from metafast.engine.memory_plan import MemoryPlan
 from metafast.engine.reduction import check_reduction
-from metafast.engine.replay_state import Buffers, ReplayState
+from metafast.engine.replay_state import Buffers
 from metafast.engine.sharded_parameters import is_sharded
 from metafast.engine.step import Outcome, Step, TaskResults
 from metafast.engine.task_batch import (
@@ -47,9 +49,6 @@ from metafast.engine.task_model import TaskLosses, TaskModel
 from metafast.inner import Rule
 
 logger = logging.getLogger("metafast")
-# Bytes of adapted parameters from which ``tasks_per_chunk="auto"`` measures a step of a task. Of smaller ones all tasks run
-# side by side.
-LARGE_PARAMETERS = 8 * 2**20
 
 
 class Options(TypedDict, total=False):
@@ -60,6 +59,7 @@ class Options(TypedDict, total=False):
     adapt_parameters: Selection | None
     micro_batches: int
     tasks_per_chunk: int | Literal["auto"] | None
+    memory_budget: int | float | None
     reduction: str
     on_nonfinite: str
     capture: bool
@@ -138,11 +138,12 @@ class MetaLearner(nn.Module):
         inner: Rule,
         steps: int,
         order: int = 2,
-        checkpoint: bool | Literal["auto"] = False,
+        checkpoint: bool | Literal["auto"] = "auto",
         task_batching: str = "auto",
         adapt_parameters: Selection | None = None,
         micro_batches: int = 1,
         tasks_per_chunk: int | Literal["auto"] | None = "auto",
+        memory_budget: int | float | None = None,
         reduction: str = "mean",
         on_nonfinite: str = "raise",
         capture: bool = False,
@@ -172,6 +173,7 @@ class MetaLearner(nn.Module):
         if tasks_per_chunk is not None and tasks_per_chunk != "auto":
             check_count("tasks_per_chunk", tasks_per_chunk, minimum=1)
         self.tasks_per_chunk: int | Literal["auto"] | None = tasks_per_chunk
+        self.memory_budget = check_budget(memory_budget)
         self.reduction = reduction
         self.on_nonfinite = on_nonfinite
         self.capture = capture
@@ -181,8 +183,7 @@ class MetaLearner(nn.Module):
         self.rates = LearnedRates(inner, self._rated(self._adapted.split(model).adapted), steps)
         self._use_task_model(model, task_batching)
         self._step = Step(self, Capture(self, ("model", "loss_fn")))
-        self._graphs_fit: dict[Any, bool] = {}
-        self._chunk_sizes: dict[Any, int] = {}
+        self.memory_plan = MemoryPlan(self)
         # Names of embeddings that are adapted as a whole. Programs depend on it.
         self._whole_tables: tuple[str, ...] = ()
 
@@ -298,13 +299,17 @@ class MetaLearner(nn.Module):
         """The losses that the inner loop minimises: by default ``loss_fn`` on the support set."""
         return self.task_losses
 
-    def inner_loop(self, start: Start, order: int, checkpoint: bool = False) -> InnerLoop:
+    def inner_loop(self, start: Start, order: int) -> InnerLoop:
         """The inner loop with this learner's rule: ``inner_loop(start, order).run(start, support, tasks, steps)``."""
-        return InnerLoop(self.inner_losses(start), self.inner, order, checkpoint, self.micro_batches)
+        return InnerLoop(self.inner_losses(start), self.inner, order, micro_batches=self.micro_batches)
 
     def training_loop(self, start: Start, support: Any, tasks: int) -> InnerLoop:
         """The inner loop of a call: with the learner's order, and with graphs kept or rebuilt as ``checkpoint`` says."""
-        return self.inner_loop(start, self.order, self._rebuilds(start, support, tasks))
+        return dataclasses.replace(
+            self.inner_loop(start, self.order),
+            rebuilt_steps=self.steps - self.memory_plan.kept_steps(support, tasks),
+            after_first_step=self.memory_plan.after_first_step(start, support, tasks),
+        )
 
     def split_parameters(self) -> ParameterSplit:
         """The model's parameters by name: those that the inner loop adapts, and those that tasks share."""
@@ -335,6 +340,12 @@ class MetaLearner(nn.Module):
         adapted = self.split_parameters().adapted
         return [adapted[name] for name in self._tables(adapted)]
 
+    def adapted_wholes(self) -> Params:
+        """The parameters of which each task has its own, by name; of an embedding in :meth:`tables` it has few rows."""
+        adapted = self.split_parameters().adapted
+        tables = self._tables(adapted)
+        return {name: p for name, p in adapted.items() if name not in tables}
+
     def _tables(self, adapted: Params) -> frozenset[str]:
         """The embeddings of which the inner loop adapts the rows that are looked up."""
         # Parts of a support set look up rows of their own; a sharded table is gathered as a whole.
@@ -351,68 +362,16 @@ class MetaLearner(nn.Module):
         adapted = {id(p) for p in self.split_parameters().adapted.values()}
         others = [p for p in self.model.parameters() if id(p) not in adapted]
         # Rebuilt steps have a graph each.
-        if not others or self.steps < 2 or self.checkpoint is not False:
+        if (
+            not others
+            or self.steps < 2
+            or self.memory_plan.kept_steps(batches[0], count_tasks(batches[0], "support")) < self.steps
+        ):
             yield
             return
         leaves = [leaf for leaf in pytree.tree_leaves(batches) if leaf is not None]
         with computing_once(self.model, [*leaves, *others, *self.model.buffers()]):
             yield
-
-    def chunk_size(self, support: Any, query: Any, tasks: int) -> int:
-        """The number of tasks of a call that run side by side."""
-        if self.tasks_per_chunk != "auto":
-            return self.tasks_per_chunk or tasks
-        if tasks == 1 or is_sharded(self.model) or not self._chunks_may_pay(support, query):
-            return tasks
-        shapes = tuple((leaf.shape, leaf.dtype) for leaf in pytree.tree_leaves(support))
-        key = (shapes, self.checkpoint)
-        if key not in self._chunk_sizes:
-            with ReplayState(self.device, self.model).replayed():
-                one = select_tasks(support, slice(0, 1))
-                start = self.start(one)
-                loop = self.inner_loop(start, order=2)
-                self._chunk_sizes[key] = tasks_side_by_side(
-                    lambda: list(loop.steps(start, one, 1, 1)),
-                    1 if self.checkpoint is True else self.steps,
-                    tasks,
-                    self.device,
-                )
-        return self._chunk_sizes[key]
-
-    def _chunks_may_pay(self, support: Any, query: Any) -> bool:
-        """Whether tasks can run in chunks as well as side by side, and have parameters large enough to measure a step."""
-        if not torch.is_grad_enabled() or self.order == 1 or self.steps == 0:
-            return False
-        if any(leaf.requires_grad for leaf in pytree.tree_leaves((support, query)) if leaf is not None):
-            return False
-        # Running statistics are updated in the order of the tasks' steps.
-        if any(getattr(module, "track_running_stats", False) for module in self.model.modules()):
-            return False
-        adapted = self.split_parameters().adapted
-        tables = self._tables(adapted)
-        return sum(p.nbytes for name, p in adapted.items() if name not in tables) >= LARGE_PARAMETERS
-
-    def choose_memory(self, support: Any, tasks: int) -> None:
-        """Decides ``checkpoint="auto"`` for batches of these shapes."""
-        if self.checkpoint == "auto":
-            # A start may run the model.
-            with ReplayState(self.device, self.model).replayed():
-                self._rebuilds(self.start(support), support, tasks)
-
-    def _rebuilds(self, start: Start, support: Any, tasks: int) -> bool:
-        if self.checkpoint != "auto":
-            return self.checkpoint
-        return self.order == 2 and torch.is_grad_enabled() and not self._keeping_graphs_fits(start, support, tasks)
-
-    def _keeping_graphs_fits(self, start: Start, support: Any, tasks: int) -> bool:
-        shapes = tuple((leaf.shape, leaf.dtype) for leaf in pytree.tree_leaves(support))
-        if shapes not in self._graphs_fit:
-            loop = self.inner_loop(start, order=2)
-            with ReplayState(self.device, self.model).replayed():
-                self._graphs_fit[shapes] = graphs_fit(
-                    lambda: list(loop.steps(start, support, tasks, min(self.steps, 1))), self.steps, self.device
-                )
-        return self._graphs_fit[shapes]
 
     def _use_task_model(self, model: nn.Module, task_batching: str) -> None:
         """Chooses the model that tasks compute with: the learner's, or one that contains it."""

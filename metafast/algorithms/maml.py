@@ -81,5 +81,5 @@ class MAML(MetaLearner):
                 weighted.append(weight * losses)
             elif weight != 0:
                 # The graphs of these losses are kept or rebuilt as those of the steps are.
-                weighted.append(weight * loop.differentiable(query_losses, (params, start.shared)))
+                weighted.append(weight * loop.differentiable(query_losses, (params, start.shared), number))
         return TaskResults(torch.stack(weighted).sum(0), torch.stack(support_losses), losses, metrics)

@@ -285,8 +285,8 @@ class _Recording(NamedTuple):
 
 _NO_SETTINGS = frozenset(vars(nn.Module())) - {"training"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-# The outcome is of the call before.
-_NO_OPTIONS = _NO_SETTINGS | {"outcome", "_graphs_fit", "_chunk_sizes"}
+# The outcome is of the call before, the memory plan for the shapes that a program is of.
+_NO_OPTIONS = _NO_SETTINGS | {"outcome", "memory_plan"}
 
 
 def _places(program: Program, made: list[tuple[Change, Tensor]]) -> tuple[list[Place | None], list[str]]:

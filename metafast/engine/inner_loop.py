@@ -1,8 +1,9 @@
 """The inner loop as one differentiable function of the shared parameters.
 
-Step k computes every task's gradient at its θ_k and applies the rule. Forward keeps either the graphs of all steps or,
+Step k computes every task's gradient at its θ_k and applies the rule. Forward keeps either a step's graph or,
 with checkpointing, only θ_k: backward then rebuilds one step's graph at a time, takes the rule's vector-Jacobian product
-around one Hessian-vector product, and frees it. Both give the same gradient; memory is that of K steps or of one.
+around one Hessian-vector product, and frees it. Both give the same gradient; memory is that of K steps or of one. Where
+some are kept, they are the last ones: the backward pass has freed them before it rebuilds the first graph.
 
 The product is reverse over reverse. Forward over reverse (Pearlmutter, Neural Computation 1994) does the same matrix
 products of a rebuilt step. It cannot use kept graphs, saves hardly any memory and is slower (``bench meta_step --select
@@ -12,7 +13,7 @@ hessian``). There is no such variant.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -96,15 +97,17 @@ class InnerLoop:
         rule: the update rule.
         order: 2 for the exact meta-gradient; 1 takes the inner gradients as constants (FOMAML, Finn et al. 2017,
             section 5.2).
-        checkpoint: rebuild each step's graph in the backward pass instead of keeping it.
+        rebuilt_steps: of so many steps, the first ones, each one's graph is rebuilt in the backward pass and not kept.
         micro_batches: number of parts into which a step cuts the examples of its support sets. It adds up their gradients.
+        after_first_step: called with the first step's results.
     """
 
     losses: Losses
     rule: Rule
     order: int = 2
-    checkpoint: bool = False
+    rebuilt_steps: int = 0
     micro_batches: int = 1
+    after_first_step: Callable[[Any], None] | None = None
 
     def run(self, start: Start, support: Any, tasks: int, steps: int) -> Adapted:
         """Adapts ``tasks`` copies of the parameters for ``steps`` steps on ``support``."""
@@ -127,13 +130,15 @@ class InnerLoop:
                 self._step, support_at(support, number), tasks, number, frozenset(start.own), growing
             )
             inputs = (params, state, start.shared, start.rates(number))
-            params, state, losses = self.differentiable(step, inputs)
+            params, state, losses = self.differentiable(step, inputs, number)
+            if number == 0 and self.after_first_step is not None:
+                self.after_first_step((params, state))
             yield params, losses.detach()
 
-    def differentiable(self, function: Recomputable, inputs: Any) -> Any:
-        """``function(inputs, create_graph)``, with its graph kept or rebuilt in the backward pass."""
+    def differentiable(self, function: Recomputable, inputs: Any, number: int) -> Any:
+        """``function(inputs, create_graph)``, with its graph kept or rebuilt in the backward pass as that of a step."""
         second = self.order == 2 and torch.is_grad_enabled()
-        if second and self.checkpoint:
+        if second and number < self.rebuilt_steps:
             return recomputed(function, inputs, self.losses.model)
         return function(inputs, second)
 
@@ -170,7 +175,7 @@ class InnerLoop:
             for name, p in params.items()
         }
         lookups = Lookups(growing) if any(isinstance(p, Rows) for p in at.values()) else None
-        losses, grads, found = self._gradients(batch, (at, shared), create_graph, lookups)
+        losses, grads, found = self._gradients(batch, (at, shared), create_graph, lookups, number < self.rebuilt_steps)
         tensors, ids = dict[str, Tensor](), dict[str, Tensor]()
         for name, p in params.items():
             if not isinstance(p, Rows):
@@ -186,16 +191,24 @@ class InnerLoop:
         return {n: Rows(p, ids[n]) if n in ids else p for n, p in tensors.items()}, state, losses.detach()
 
     def _gradients(
-        self, batch: Any, at: tuple[TaskParams, Params], create_graph: bool, lookups: Lookups | None
+        self,
+        batch: Any,
+        at: tuple[TaskParams, Params],
+        create_graph: bool,
+        lookups: Lookups | None,
+        rebuilt: bool,
     ) -> tuple[Tensor, Params, dict[str, list[Found]]]:
-        """Every task's loss and gradient on its support set, and the rows of embeddings that are looked up."""
+        """Every task's loss and gradient on its support set, and the rows of embeddings that are looked up.
+
+        The graphs of micro-batches are rebuilt one by one where that of the step is.
+        """
         if self.micro_batches == 1:
             return self._gradient(batch, lookups, at, create_graph)
         # Mean losses of parts, and their gradients, weighted by the examples in them, add up to those of the whole.
         losses, grads = [], []
         for share, part in micro_batches(batch, self.micro_batches):
             gradient = functools.partial(self._gradient, part, None)
-            if create_graph and self.checkpoint:
+            if create_graph and rebuilt:
                 part_losses, part_grads, _ = recomputed(gradient, at, self.losses.model)
             else:
                 part_losses, part_grads, _ = gradient(at, create_graph)

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from metafast.engine.capture import Capture
 from metafast.engine.embedding_rows import WholeTableError, refuse_missed, sparse_gradients, watching_for_missed
 from metafast.engine.finite import check_finite, describe_not_finite, finite_tasks
+from metafast.engine.memory_plan import MemoryChoice, MemoryPlan, PlanChangedError
 from metafast.engine.precomputed_gradients import with_precomputed_gradients
 from metafast.engine.reduction import Ranks, check_weights
 from metafast.engine.replay_state import Buffers
@@ -35,12 +36,14 @@ class Outcome(NamedTuple):
         query_losses: ``[T]``, the query loss of each task after the last inner step; None where there was no query set.
         metrics: the metrics that ``loss_fn`` gave for the query set, by name, ``[T, ...]`` each.
         skipped: numbers of the tasks that were left out since one of their losses was not finite.
+        memory: what ``"auto"`` has chosen for tasks side by side and kept graphs; None where there was nothing to choose.
     """
 
     support_losses: Tensor
     query_losses: Tensor | None
     metrics: dict[str, Tensor]
     skipped: tuple[int, ...] = ()
+    memory: MemoryChoice | None = None
 
 
 class TaskResults(NamedTuple):
@@ -81,7 +84,7 @@ class Learner(Protocol):
     reduction: str
     on_nonfinite: str
     capture: bool
-    checkpoint: Any
+    memory_plan: MemoryPlan
     outcome: Outcome | None
 
     @property
@@ -96,10 +99,6 @@ class Learner(Protocol):
     def first_forward(self, support: Any) -> frozenset[str]: ...
 
     def computing_once(self, *batches: Any) -> AbstractContextManager[None]: ...
-
-    def chunk_size(self, support: Any, query: Any, tasks: int) -> int: ...
-
-    def choose_memory(self, support: Any, tasks: int) -> None: ...
 
     def tables(self) -> list[Tensor]: ...
 
@@ -148,22 +147,23 @@ class Step:
         module = cast(nn.Module, learner)
         if not is_sharded(module):
             return None
-        alone = "since ranks gather sharded parameters together"
         if learner.capture:
             raise ValueError(
                 "capture: expected False with sharded parameters, which a replay would need whole, got True"
             )
         if learner.on_nonfinite != "raise":
-            raise ValueError(f"on_nonfinite: expected 'raise', {alone} and none can repeat a call, got 'skip'")
-        if learner.checkpoint == "auto":
-            raise ValueError(f"checkpoint: expected True or False, {alone} and may differ in free memory, got 'auto'")
+            raise ValueError(
+                "on_nonfinite: expected 'raise', since ranks gather sharded parameters together and none can repeat a call, "
+                "got 'skip'"
+            )
         return Whole(module)
 
     def in_order(self, call: Callable[[], Any]) -> Any:
         """``call()``, repeated where it finds out that it has to be made in another way.
 
         Where the order of the model's calls matters, with one task after another; where rows of an embedding cannot be
-        adapted alone, with the whole of it; where chunks of tasks were our choice and cannot be, with all side by side.
+        adapted alone, with the whole of it; where chunks of tasks were our choice and cannot be, with all side by side;
+        where its first step shows that its graphs do not fit, with fewer of them.
         """
         before = StateBefore(self._learner.model, self._learner.device)
         while True:
@@ -176,11 +176,14 @@ class Step:
             except WholeTableError as error:
                 before.restore()
                 self._learner.adapt_whole(error)
-            except UntrackedLeafError:
+            except UntrackedLeafError as error:
                 if self._learner.tasks_per_chunk != "auto" or self._learner.capture:
                     raise
                 before.restore()
+                logger.info("%s; all tasks run side by side", error)
                 self._learner.tasks_per_chunk = None
+            except PlanChangedError:
+                before.restore()
 
     def _over_finite_tasks(
         self, over_chunks: OverChunks, support: Any, query: Any, weights: Tensor
@@ -190,7 +193,9 @@ class Step:
         buffers = Buffers(learner.model) if learner.on_nonfinite == "skip" else None
         total, results = over_chunks(support, query, weights)
         losses = results.support_losses, results.query_losses
-        outcome = learner.outcome = Outcome(*losses, results.metrics)
+        outcome = learner.outcome = Outcome(
+            *losses, results.metrics, memory=learner.memory_plan.choice(support, len(weights))
+        )
         if buffers is None:
             check_finite(*losses)
             return total, weights
@@ -224,7 +229,7 @@ class Step:
         What a sharded model needs in its backward pass is gathered inside of the call: there is one chunk at least.
         """
         tasks = len(weights)
-        size = self._learner.chunk_size(support, query, tasks)
+        size = self._learner.memory_plan.tasks_per_chunk(support, query, tasks)
         if size >= tasks and not self._learner.capture and whole is None:
             total, results, missed = self._weighted(support, query, weights)
             refuse_missed(missed)
@@ -279,9 +284,6 @@ class Step:
             refuse_untracked(found, "tasks_per_chunk")
             return total, {"gradient": dict(zip(params, grads, strict=True))}, results, missed
 
-        if self._learner.capture:
-            # Depends on the memory that is free, which a recording cannot ask for.
-            self._learner.choose_memory(support, len(weights))
         total, gradients, results, missed = self.replay_or_compute("step", step, support, query, weights)
         refuse_missed(missed)
         return total, list(gradients["gradient"].values()), results
