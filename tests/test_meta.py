@@ -8,12 +8,12 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from held_memory import held_bytes
 from torch import nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import metafast
-from metafast.engine.memory_budget import graph_bytes
 
 pytestmark = pytest.mark.usefixtures("fused_cpu")
 LR = 0.1
@@ -184,7 +184,7 @@ def test_checkpointing_keeps_the_memory_of_one_step(generator):
     def kept(steps, checkpoint):
         torch.manual_seed(0)
         meta = metafast.MAML(Classifier(), loss_fn, inner=metafast.inner.SGD(lr=LR), steps=steps, checkpoint=checkpoint)
-        return graph_bytes(lambda: meta(support, query))
+        return held_bytes(lambda: meta(support, query))
 
     parameters = 2 * sum(p.numel() for p in Classifier().parameters()) * 4
     assert kept(6, True) - kept(5, True) <= 1.5 * parameters

@@ -81,8 +81,8 @@ class MetaLearner(nn.Module):
         steps: number of inner steps, K.
         order: 2 for the exact meta-gradient, 1 to take inner gradients as constants. May be set later.
         checkpoint: for ``order=2``. False keeps the graphs of all inner steps. True rebuilds each inner step's graph in the
-            backward pass: the memory of one step for about a third more arithmetic, and the same gradient. ``"auto"``
-            rebuilds where kept graphs would take more than half of the free memory, and logs its decision.
+            backward pass: the memory of one step for about a third more arithmetic, and the same gradient. ``"auto"`` keeps
+            as many as fit into ``memory_budget``; all of a model that ``fully_shard`` has sharded.
         task_batching: ``"vmap"``, ``"loop"`` (one task after another) or ``"auto"``: vmap unless the model does not run
             under vmap, has backward hooks, or keeps something of each call that a loop over tasks would leave
             otherwise; the reason is logged. Where the model's outputs depend on its earlier calls (a counter, a carried
@@ -96,9 +96,12 @@ class MetaLearner(nn.Module):
             The gradients of the parts are accumulated. With ``checkpoint``, the memory of a step is that of one part. The
             gradient is the same for a ``loss_fn`` that is a mean over examples.
         tasks_per_chunk: number of tasks that run side by side; None: all. Chunks run one after another in the memory of one.
-            The gradient is then computed in the forward call already, and ``backward()`` hands it on. ``"auto"``: all,
-            unless the tensors of a task are so large that tasks side by side are no faster; then fewer, for ``order=2``. The
-            log says how many.
+            The gradient is then computed in the forward call already, and ``backward()`` hands it on. ``"auto"``: all, but
+            fewer where tensors of a task are so large that tasks side by side are no faster, or where ``memory_budget``
+            asks for it; for ``order=2``.
+        memory_budget: for ``"auto"``: the bytes that the graphs of inner steps may take (an int), or their fraction of the
+            memory that is free at the first call with such shapes (a float). None: half of it. The log says once what was
+            chosen, ``outcome.memory`` at every call.
         reduction: how the tasks' losses, weighted by ``task_weights``, become one: ``"mean"``, ``"sum"``, or
             ``"global_mean"`` for ``DistributedDataParallel``: the mean over the tasks of all ranks, which may have different
             numbers of tasks.
