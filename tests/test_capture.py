@@ -107,7 +107,10 @@ def called(meta, *batches, backward=True, **options):
     loss = meta(*batches, **options)
     if backward:
         loss.backward()
-    return loss.detach(), meta.outcome, {name: p.grad for name, p in meta.named_parameters()}
+    memory = meta.outcome.memory
+    # A captured step is measured on one task: the same choice follows.
+    outcome = meta.outcome._replace(memory=memory and memory[:2])
+    return loss.detach(), outcome, {name: p.grad for name, p in meta.named_parameters()}
 
 
 def agree(meta, plain, batches, same=same, **options):
