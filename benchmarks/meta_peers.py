@@ -25,8 +25,16 @@ def meta_gradient(model, adapted, loss, algorithm):
 
 
 def mean_over_tasks(one_task, support, query):
-    tasks = [one_task(*((x[t], y[t]) for x, y in (support, query))) for t in range(len(support[0]))]
-    return [sum(grads) / len(tasks) for grads in zip(*tasks, strict=True)]
+    tasks = len(support[0])
+    sums: list[torch.Tensor] = []
+    for t in range(tasks):
+        grads = one_task(*((x[t], y[t]) for x, y in (support, query)))
+        if sums:
+            torch._foreach_add_(sums, grads)
+        else:
+            sums = list(grads)
+    torch._foreach_div_(sums, tasks)
+    return sums
 
 
 def loop(model, support, query, steps, algorithm):

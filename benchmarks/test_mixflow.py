@@ -24,6 +24,7 @@ from mixflow_model import BETAS, EPS, EPS_ROOT, LR, SETTINGS, Setting, draw, los
 
 import metafast
 from metafast.measure import highest_memory
+from metafast.testing import relative_error
 
 OURS: dict[str, dict[str, Any]] = {
     "metafast": {},
@@ -133,8 +134,7 @@ def needs_jax(device: str) -> None:
 
 
 def error(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
-    difference = sum((a - b).double().pow(2).sum() for a, b in zip(found, expected, strict=True))
-    return (difference / sum(b.double().pow(2).sum() for b in expected)).sqrt().item()
+    return relative_error(*(torch.cat([x.flatten() for x in side]) for side in (found, expected)))
 
 
 @pytest.mark.parametrize("what", [what for what, options in OURS.items() if options.get("capture", True)])

@@ -11,10 +11,12 @@ import importlib.util
 import json
 import sys
 
+import meta_peers
 import pytest
 import torch
+import torch.nn.functional as F
 from fresh_process import in_a_fresh_process
-from torch.func import functional_call
+from torch import nn
 
 import metafast
 from metafast.inner import SGD, Adam
@@ -24,85 +26,62 @@ from metafast.testing import relative_error
 if importlib.util.find_spec("transformers") is None:
     pytest.skip("transformers is not installed", allow_module_level=True)
 
-WAYS, SHOTS, TOKENS, STEPS, LR = 5, 5, 16, 3, 0.01
+WAYS, SHOTS, TOKENS, STEPS = 5, 5, 16, 3
 WORDS, MANY_WORDS = 30522, 250_000
-RULES = {"SGD": SGD(lr=LR), "Adam": Adam(lr=1e-4, eps=1e-4)}
+RULES = {"SGD": SGD(lr=meta_peers.LR), "Adam": Adam(lr=1e-4, eps=1e-4)}
 OURS = {"metafast": {}, "metafast, captured": {"capture": True}, "metafast, checkpointed": {"checkpoint": True}}
 PEERS = ["plain loop", *(["higher"] if importlib.util.find_spec("higher") else [])]
 
 
-def bert(attention, device, words=WORDS, layers=6, width=384):
-    import transformers
+class Logits(nn.Module):
+    """A BERT as a function of ids alone."""
 
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=words,
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 32,
-        intermediate_size=4 * width,
-        num_labels=WAYS,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        attn_implementation=attention,
-    )
-    return transformers.BertForSequenceClassification(config).to(device)
+    def __init__(self, attention, words, layers, width):
+        import transformers
+
+        super().__init__()
+        config = transformers.BertConfig(
+            vocab_size=words,
+            hidden_size=width,
+            num_hidden_layers=layers,
+            num_attention_heads=width // 32,
+            intermediate_size=4 * width,
+            num_labels=WAYS,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            attn_implementation=attention,
+        )
+        self.bert = transformers.BertForSequenceClassification(config)
+
+    def forward(self, ids):
+        return self.bert(input_ids=ids).logits
 
 
 def draw(tasks, device, words=WORDS):
     """A support and a query set of all tasks."""
-    return [
-        {
-            "input_ids": torch.randint(words, (tasks, WAYS * SHOTS, TOKENS), device=device),
-            "labels": torch.arange(WAYS, device=device).repeat(tasks, SHOTS),
-        }
-        for _ in range(2)
-    ]
+    labels = torch.arange(WAYS, device=device).repeat(tasks, SHOTS)
+    return [(torch.randint(words, (tasks, WAYS * SHOTS, TOKENS), device=device), labels) for _ in range(2)]
 
 
 def loss_fn(model, batch):
-    return model(**batch).loss
+    return F.cross_entropy(model(batch[0]), batch[1])
 
 
-def of_task(batch, index):
-    return {name: value[index] for name, value in batch.items()}
-
-
-def plain_loop(model, support, query):
-    """SGD. Leaves the gradients in the parameters."""
-    tasks = len(support["labels"])
-    for index in range(tasks):
-        params = dict(model.named_parameters())
-        for _ in range(STEPS):
-            loss = functional_call(model, params, (), of_task(support, index)).loss
-            grads = torch.autograd.grad(
-                loss, list(params.values()), create_graph=True, allow_unused=True, materialize_grads=True
-            )
-            params = {name: p - LR * g for (name, p), g in zip(params.items(), grads, strict=True)}
-        (functional_call(model, params, (), of_task(query, index)).loss / tasks).backward()
-
-
-def higher(model, support, query):
-    import higher as library
-
-    tasks = len(support["labels"])
-    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
-    for index in range(tasks):
-        with library.innerloop_ctx(model, optimizer, copy_initial_weights=False) as (net, inner):
-            for _ in range(STEPS):
-                inner.step(net(**of_task(support, index)).loss)
-            (net(**of_task(query, index)).loss / tasks).backward()
-
-
-def stepper(what, device, rule="SGD", words=WORDS, **sizes):
-    """A function that takes one step of this kind, and its model."""
+def stepper(what, device, rule="SGD", words=WORDS, layers=6, width=384):
+    """A function of support and query that leaves the meta-gradient in the parameters of a model, and the model."""
+    torch.manual_seed(0)
+    model = Logits("sdpa" if what in OURS else "eager", words, layers, width).to(device)
     if what in OURS:
-        model = bert("sdpa", device, words, **sizes)
         meta = metafast.MAML(model, loss_fn, inner=RULES[rule], steps=STEPS, **OURS[what])
         return lambda support, query: meta(support, query).backward(), model
-    model = bert("eager", device, words, **sizes)
-    peer = {"plain loop": plain_loop, "higher": higher}[what]
-    return lambda support, query: peer(model, support, query), model
+
+    def step(support, query):
+        for p, gradient in zip(
+            model.parameters(), meta_peers.PEERS[what](model, support, query, STEPS, "MAML"), strict=True
+        ):
+            p.grad = gradient if p.grad is None else p.grad + gradient
+
+    return step, model
 
 
 def gradients(step, model, batches):

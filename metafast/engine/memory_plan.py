@@ -79,10 +79,14 @@ class _Learner(Protocol):
 
 @dataclass(frozen=True)
 class _Measured:
-    """Bytes of one task: of the graph of a step, and of what a rebuilt step keeps instead; and the budget."""
+    """Bytes of one task: of the graph of a step, and of what a rebuilt step keeps instead; the budget.
+
+    ``is_large``: whether the adapted parameters are.
+    """
 
     graph: int
     inputs: int
+    is_large: bool
     budget: int | None
 
 
@@ -107,11 +111,11 @@ class MemoryPlan:
             return self._chunk
         if given == "auto" and self._may_run_in_chunks(support, query):
             self._chunk = None
-        # A recording cannot measure, and side by side may be too many already.
-        in_advance = self._learner.capture or (self._chunk is None and tasks > 1 and self._is_large())
-        if in_advance and self.choice(support, tasks) is None:
-            self._measure_one(support, tasks)
         choice = self.choice(support, tasks)
+        # A recording cannot measure, and side by side may be too many already.
+        if choice is None and (self._learner.capture or (self._chunk is None and tasks > 1 and self._is_large())):
+            self._measure_one(support, tasks)
+            choice = self.choice(support, tasks)
         return (self._chunk or tasks) if choice is None else choice.tasks_per_chunk
 
     def kept_steps(self, support: Any, tasks: int) -> int:
@@ -179,7 +183,7 @@ class MemoryPlan:
         # Later steps hold parameters of each task, where the first has the model's.
         graph = graph_bytes(_tensors(results), _tensors(known)) // tasks + inputs
         budget = budget_bytes(learner.memory_budget, learner.device)
-        self._measured[_key(support)] = _Measured(graph, inputs, budget)
+        self._measured[_key(support)] = _Measured(graph, inputs, self._is_large(), budget)
 
     def _log(self, support: Any, tasks: int) -> None:
         choice = self.choice(support, tasks)
@@ -224,7 +228,7 @@ class MemoryPlan:
         if chunk is None:
             large = LARGE_GRAPH.get(learner.device.type, LARGE_GRAPH["cuda"])
             enough = min(tasks, -(-large // max(graph, 1)))
-            number = enough if self._is_large() else tasks
+            number = enough if measured.is_large else tasks
             # Tasks that are large enough by themselves lose nothing one after another; rebuilt graphs cost time.
             number = _most(lambda n: fits(n, most), number, enough)
         kept = _most(lambda k: fits(number, k), most, fewest)
