@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from metafast.ops import torch_internals
@@ -102,7 +103,7 @@ class ComputedOnce(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self._stopped or self.paused:
+        if self._stopped or self.paused or func in torch_internals.QUESTIONS:
             return func(*args, **kwargs)
         if func in _FREES_GRAPHS:
             self._stop()
@@ -116,6 +117,12 @@ class ComputedOnce(TorchFunctionMode):
         """``function(*args, **kwargs)``, or what it was before."""
         if self._stopped or self.paused:
             return function(*args, **kwargs)
+        if _updates_statistics(function, args, kwargs):
+            result = function(*args, **kwargs)
+            # Running statistics, which its kernels write without a new version.
+            for leaf in pytree.tree_leaves((args[1:], kwargs)):
+                self._forget(leaf)
+            return result
         try:
             key = self._call_key(function, args, kwargs)
             found = self._results.get(key)
@@ -208,6 +215,15 @@ class ComputedOnce(TorchFunctionMode):
     def _stop(self) -> None:
         self._stopped = True
         self._results.clear()
+
+
+def _updates_statistics(function: Any, args: Any, kwargs: Any) -> bool:
+    """Whether this is batch norm or instance norm in training mode."""
+    name = getattr(function, "__name__", "")
+    if "batch_norm" not in name and "instance_norm" not in name:
+        return False
+    flags = [kwargs[flag] for flag in ("training", "use_input_stats") if flag in kwargs] or args[5:6]
+    return bool(flags[0]) if flags else "instance_norm" in name
 
 
 class _Watch(TorchDispatchMode):

@@ -80,6 +80,14 @@ class HalfPrecise(Net):
         return self.head(self.body(x) + 0.1 * rough.to(x.dtype))
 
 
+class ReadsStatistics(Net):
+    """Reads what its batch norm has written."""
+
+    def forward(self, x):
+        x = self.body(x)
+        return self.head(x * (1 + self.body[1].running_var.sqrt()) + self.body[1].running_mean.tanh())
+
+
 MODELS = {
     "plain": Net,
     "relu in place": lambda: Net(nn.ReLU(inplace=True)),
@@ -87,6 +95,10 @@ MODELS = {
     "dropout": lambda: Net(nn.Dropout(0.5)),
     "batch norm": lambda: Net(nn.BatchNorm1d(6)),
     "batch norm in evaluation": lambda: Net(nn.BatchNorm1d(6).eval()),
+    "statistics that are read": lambda: ReadsStatistics(nn.BatchNorm1d(6, momentum=0.5)),
+    "instance norm": lambda: Net(
+        nn.Unflatten(-1, (2, 3)), nn.InstanceNorm1d(2, track_running_stats=True), nn.Flatten(-2)
+    ),
     "attention": Attending,
     "written in place": WrittenInPlace,
     "hooked": Hooked,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -137,6 +139,21 @@ def test_proto_maml_before_the_first_step_is_a_proto_net(net, batches):
     maml = metafast.ProtoMAML(net, loss_fn, ways=WAYS, inner=SGD(lr=LR)).adapt(support, steps=0)
     proto = metafast.ProtoNet(net, loss_fn, ways=WAYS).adapt(support)
     torch.testing.assert_close(maml(query["x"]).softmax(-1), proto(query["x"]).softmax(-1))
+
+
+def test_proto_maml_updates_running_statistics_at_every_call_of_the_model(batches):
+    """The prototypes' calls, those of each step, and those of the query sets."""
+    net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6)).double()
+    support, query = (
+        {"x": torch.randn(TASKS, 6, 4).double(), "label": labels} for labels in [torch.arange(3).repeat(TASKS, 2)] * 2
+    )
+    meta = metafast.ProtoMAML(net, loss_fn, ways=3, inner=SGD(lr=0.0), steps=2)
+    norm = copy.deepcopy(net[1])
+    for x in (*support["x"], *support["x"], *support["x"], *query["x"]):
+        norm(net[0](x))
+    meta(support, query).backward()
+    torch.testing.assert_close(net[1].running_mean, norm.running_mean)
+    torch.testing.assert_close(net[1].running_var, norm.running_var)
 
 
 def test_batches_of_other_kinds(net, batches):

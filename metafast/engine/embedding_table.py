@@ -46,7 +46,7 @@ class _Table(Tensor):
         kwargs = kwargs or {}
         if func is F.embedding:
             return _looked_up(*args, **kwargs)
-        if func in _ASKED:
+        if func in torch_internals.QUESTIONS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         name = getattr(func, "__name__", str(func))
@@ -56,18 +56,6 @@ class _Table(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise _read_otherwise(args, kwargs or {}, str(func))
-
-
-# What a table answers: what kind of tensor it is.
-_ASKED = {
-    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "requires_grad", "layout")),
-    *(
-        getattr(Tensor, name).__get__
-        for name in ("is_cuda", "is_cpu", "is_sparse", "is_meta", "is_leaf", "is_quantized")
-    ),
-    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.__len__, Tensor.is_floating_point, Tensor.is_complex),
-    *(Tensor.element_size, Tensor.get_device, Tensor._version.__get__),  # type: ignore[attr-defined]
-}
 
 
 def _read_otherwise(args: Any, kwargs: Any, function: str) -> WholeTableError:

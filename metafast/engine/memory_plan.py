@@ -113,7 +113,8 @@ class MemoryPlan:
             self._chunk = None
         choice = self.choice(support, tasks)
         # A recording cannot measure, and side by side may be too many already.
-        if choice is None and (self._learner.capture or (self._chunk is None and tasks > 1 and self._is_large())):
+        recorded = self._learner.capture and self._learner.checkpoint is not True
+        if choice is None and (recorded or (self._chunk is None and tasks > 1 and self._is_large())):
             self._measure_one(support, tasks)
             choice = self.choice(support, tasks)
         return (self._chunk or tasks) if choice is None else choice.tasks_per_chunk

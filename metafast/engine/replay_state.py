@@ -12,6 +12,7 @@ from metafast.backend import requested_backend, use_backend
 from metafast.engine.embedding_rows import are_sparse_gradients_taken, sparse_gradients
 from metafast.engine.module_attributes import Attributes, Change
 from metafast.engine.placed_tensors import placed
+from metafast.ops import torch_internals
 from metafast.program import is_recording
 
 
@@ -121,7 +122,8 @@ class Buffers:
             # Not without need: a graph may hold it, and would take it for changed. Tensors that are being recorded have no
             # values to compare; no kernel of batch norm writes to them under vmap.
             if buffer._version != version if is_recording() else not torch.equal(buffer, value):
-                with torch.no_grad():
+                # A graph from before may hold it, with this very value.
+                with torch.no_grad(), torch_internals.preserving_version(buffer):
                     buffer.copy_(value)
             module._buffers[name] = buffer
 

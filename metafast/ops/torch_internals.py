@@ -43,9 +43,24 @@ is_legacy_batched = _functorch.is_legacy_batchedtensor
 below_autograd = torch._C._AutoDispatchBelowAutograd
 # Whether the backward pass that runs now will come to a node.
 will_run_node = torch._C._will_engine_execute_node
+# Inside, writes to a tensor give it no new version.
+preserving_version = torch.autograd.grad_mode._unsafe_preserve_version_counter
 # Whether oneDNN multiplies matrices of these types with instructions for them on this CPU.
 multiplies_bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported
 multiplies_float16 = torch.ops.mkldnn._is_mkldnn_fp16_supported
+# What a tensor can be asked about itself, its values apart, as modes and subclasses see it. The answers are no tensors.
+QUESTIONS = {
+    *(
+        getattr(torch.Tensor, name).__get__
+        for name in ("shape", "dtype", "device", "ndim", "requires_grad", "layout", "_version")
+    ),
+    *(
+        getattr(torch.Tensor, name).__get__
+        for name in ("is_cuda", "is_cpu", "is_sparse", "is_nested", "is_meta", "is_leaf", "is_quantized")
+    ),
+    *(torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.__len__, torch.Tensor.element_size),
+    *(torch.Tensor.is_floating_point, torch.Tensor.is_complex, torch.Tensor.get_device),
+}
 
 
 def forward_mode_level() -> int:
