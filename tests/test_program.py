@@ -217,6 +217,14 @@ STACKS = {
     "results of one call": (0, lambda x, y: torch.stack(torch.ops.aten.native_layer_norm(x, [4], None, None, 0.1)[1:])),
     "transposed": (0, lambda x, y: torch.stack([x.exp().mT, (x + y).permute(2, 0, 1).permute(1, 0, 2)], 2).exp()),
     "a gradient of query, key and value": (0, lambda x, y: torch.stack([x.exp(), y.sin()]).permute(1, 2, 0, 3).clone()),
+    "a gradient that is copied in order": (
+        0,
+        lambda x, y: torch.stack([x.exp(), y.sin(), x * y], 1).permute(2, 0, 1, 3).contiguous().view(3, 2, 12).exp(),
+    ),
+    "copied in order, read twice": (
+        1,
+        lambda x, y: (lambda s: (s.mT.contiguous(), s.sum()))(torch.stack([x, y.sin()])),
+    ),
     "read after": (0, lambda x, y: (lambda s: (s * 2, s.mT @ s, s[0]))(torch.stack([x.exp(), y.sin()]))),
     "changed afterwards": (0, lambda x, y: torch.stack([x.exp(), y.sin()]).mul_(2).add_(1)),
     "input": (1, lambda x, y: torch.stack([x, y.sin()])),
