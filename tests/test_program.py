@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from metafast.program import NotRecordableError, Program, record
 from metafast.program.arena import ALIGNMENT, Arena, rounded
+from metafast.program.graph import Form, Node, forms, mapped
 
 REPLAYS = 3
 
@@ -183,6 +184,47 @@ def test_random_programs(generator, normal, number):
     inputs = draw()
     poison(program)
     same(program.run(inputs), eager(function, inputs))
+
+
+def normalised_twice(x, y):
+    """Second derivatives of layers of the same shapes, one after another."""
+    x = x.detach().requires_grad_()
+    out = x
+    for _ in range(3):
+        out = F.layer_norm(F.gelu(out @ y.mT), (4,), y[0, 0], y[0, 1]) + out.flip(0)
+    (first,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    return torch.autograd.grad(first.cos().sum(), x)
+
+
+FORMS = [
+    *(lambda x, y, f=f: [f(x, y), f(y, x), f(f(x, y), f(y.mT, x)), f(x.mT, y.mT), f(x.flip(0), y)] for f in OPERATIONS),
+    normalised_twice,
+    # Equal arguments of other types, and equal forms in other memory.
+    lambda x, y: [x * 1, x + 1, x + 1.0, x + True, (x > 0) + 1, (x > 0) + True, (x > 0) + 1.0],
+    lambda x, y: [x[1:], x[:2], x.clone()[1:], x.to(torch.float32), x.float() + y, x.float() + 1],
+    lambda x, y: [F.dropout(x, 0.0), torch.var_mean(x, 0), torch.var_mean(x, 0), x.split(2, 1), x.split(2, 1)],
+]
+
+
+@pytest.mark.parametrize("function", FORMS)
+def test_forms_are_those_of_tensors_with_data(normal, function):
+    """Also where operations of equal forms were seen before."""
+    inputs = normal(SHAPE, SHAPE)()
+    values = {}
+    given = iter(inputs)
+    for node in record(function, inputs).nodes:
+        if node.kind == "output":
+            break
+        args, kwargs = (mapped(Node, values.__getitem__, arguments) for arguments in (node.args, node.kwargs))
+        values[node] = {
+            "input": lambda: next(given),
+            "tensor": lambda node=node: node.target,
+            "call": lambda node=node, args=args, kwargs=kwargs: node.target(*args, **kwargs),
+        }[node.kind]()
+        tensors = [leaf for leaf in pytree.tree_leaves(values[node]) if isinstance(leaf, torch.Tensor)]
+        for form, tensor in zip(forms(node.value), tensors, strict=True):
+            assert form == Form.of(tensor)
+            assert form.is_contiguous == tensor.is_contiguous()
 
 
 def test_memory_is_used_again(normal):

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from metafast.engine.capture_call import Call
+from metafast.engine.freed_memory import give_back
 from metafast.engine.module_attributes import Attributes
 from metafast.engine.replay_state import RandomState
 from metafast.program import Program
@@ -55,10 +56,18 @@ class Check:
             RuntimeError: the two differ; names the first output that does.
         """
         if not self._left or all(map(_is_same, self._recorded, inputs)):
-            return program.run(inputs)
+            replayed: tuple[Any, list[Tensor], Any] = program.run(inputs)
+            return replayed
+        found = self._compared(program, call, inputs, attributes)
+        give_back()
+        return found
+
+    def _compared(
+        self, program: Program, call: Call, inputs: list[Tensor], attributes: Callable[[], Attributes]
+    ) -> tuple[Any, list[Tensor], Any]:
         started = time.perf_counter()
         before = RandomState(inputs[0].device)
-        found = program.run(inputs)
+        found: tuple[Any, list[Tensor], Any] = program.run(inputs)
         after, kept = RandomState(inputs[0].device), attributes()
         before.restore()
         try:
