@@ -481,6 +481,14 @@ def forked(x):
 
 
 FIXED = torch.zeros(3)
+SPARSE = torch.eye(3).to_sparse()
+
+
+def sparse_gradient(x):
+    weight = x.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(F.embedding(torch.arange(2), weight, sparse=True).sum(), weight)
+    return gradient.to_dense()
+
 
 REFUSED = {
     "branch": (lambda x: x if x.sum() > 0 else -x, "depends on the values of tensors in Python"),
@@ -503,6 +511,8 @@ REFUSED = {
         lambda x: torch.max(x, 1, out=(torch.empty(3), torch.empty(3, dtype=torch.long)))[0],
         "several results put into given tensors",
     ),
+    "a sparse tensor": (lambda x: torch.sparse.mm(SPARSE, x), "layout torch.sparse_coo"),
+    "a sparse gradient": (sparse_gradient, "layout torch.sparse_coo"),
     "another tensor changed": (lambda x: x + FIXED.clamp_(0, 0), "neither an input nor made by it"),
 }
 
@@ -514,6 +524,15 @@ def test_what_a_replay_would_get_wrong_is_refused(normal, function, message):
         record(function, normal((3, 3), dtype=torch.float32)())
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
+
+
+def test_tensors_of_another_recording_are_refused(normal):
+    (x,) = normal((3, 3))()
+    kept = []
+    record(lambda x: kept.append(x * 2), [x])
+    for function in (lambda x: kept[0], lambda x: x + kept[0]):
+        with pytest.raises((NotRecordableError, AssertionError), match=r"does not tell of|fake mode"):
+            record(function, [x])
 
 
 def test_inputs_that_stay_are_not_copied(normal):

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metafast.program.errors import NotRecordableError
+
 # The kinds of nodes.
 INPUT = "input"
 TENSOR = "tensor"
@@ -31,7 +33,13 @@ class Form:
 
     @classmethod
     def of(cls, tensor: Tensor) -> Form:
-        """The form of a strided tensor."""
+        """The form of a strided tensor.
+
+        Raises:
+            NotRecordableError: it is a sparse one, for example.
+        """
+        if tensor.layout is not torch.strided:
+            raise NotRecordableError(f"the computation has a tensor of layout {tensor.layout}, which no program holds")
         return cls(
             tensor.shape,
             tensor.stride(),

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 
-from metafast.program.errors import NotRecordableError
 from metafast.program.graph import Form
 
 _lift = torch.ops.aten.lift_fresh_copy.default
@@ -145,10 +144,6 @@ def _depends_on_forms(op: OpOverload) -> bool:
 def _value(result: Any) -> Any:
     """The forms of the tensors in a result; None for everything else."""
     if isinstance(result, Tensor):
-        if result.layout is not torch.strided:
-            raise NotRecordableError(
-                f"the computation makes a tensor of layout {result.layout}, which no program holds"
-            )
         return Form.of(result)
     if isinstance(result, (list, tuple)):
         value = [_value(part) for part in result]

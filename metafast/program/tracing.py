@@ -34,6 +34,7 @@ class Tracing(TorchDispatchMode):
     def __init__(self, mode: FakeTensorMode) -> None:
         super().__init__()
         self.nodes: list[Node] = []
+        self._mode = mode
         self._results = KnownResults(mode)
         # Tensors with data, held by their nodes.
         self._reached: dict[int, Node] = {}
@@ -84,7 +85,7 @@ class Tracing(TorchDispatchMode):
     def _node(self, tensor: Tensor) -> Node:
         if isinstance(tensor, FakeTensor):
             node: Node | None = getattr(tensor, "metafast_node", None)
-            if node is None:
+            if node is None or tensor.fake_mode is not self._mode:
                 raise NotRecordableError("the computation makes a tensor by something that torch does not tell of")
             return node
         if id(tensor) not in self._reached:
