@@ -472,6 +472,28 @@ def test_tensors_of_the_loss_are_read_live(draw):
     agree(meta, plain, [(draw(), draw())])
 
 
+class Compiled(nn.Module):
+    """A function between its layers that torch.compile made."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 5).double(), nn.Linear(5, 2).double()
+        self.between = torch.compile(lambda x: torch.tanh(x) * 2 + x.amax(-1, keepdim=True), backend="eager")
+
+    def forward(self, x):
+        return self.last(self.between(self.first(x)))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torch")
+def test_compiled_functions_are_recorded_as_they_were_written(draw):
+    model = Compiled()
+    # A compiled function cannot be copied.
+    meta, plain = learner(model), learner(model, capture=False)
+    for shots in (4, 1, 7, 7):
+        batches = draw(shots), draw(shots)
+        same(called(meta, *batches)[::2], called(plain, *batches)[::2])
+
+
 def test_copies_and_pickles(draw, recordings):
     meta, plain = twins(learner())
     agree(meta, plain, [(draw(), draw()) for _ in range(2)])

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from metafast.program import NotRecordableError, Program, record
 from metafast.program.arena import ALIGNMENT, Arena, rounded
+from metafast.program.graph import Form, Node, forms, mapped
 
 REPLAYS = 3
 
@@ -185,6 +186,47 @@ def test_random_programs(generator, normal, number):
     same(program.run(inputs), eager(function, inputs))
 
 
+def normalised_twice(x, y):
+    """Second derivatives of layers of the same shapes, one after another."""
+    x = x.detach().requires_grad_()
+    out = x
+    for _ in range(3):
+        out = F.layer_norm(F.gelu(out @ y.mT), (4,), y[0, 0], y[0, 1]) + out.flip(0)
+    (first,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    return torch.autograd.grad(first.cos().sum(), x)
+
+
+FORMS = [
+    *(lambda x, y, f=f: [f(x, y), f(y, x), f(f(x, y), f(y.mT, x)), f(x.mT, y.mT), f(x.flip(0), y)] for f in OPERATIONS),
+    normalised_twice,
+    # Equal arguments of other types, and equal forms in other memory.
+    lambda x, y: [x * 1, x + 1, x + 1.0, x + True, (x > 0) + 1, (x > 0) + True, (x > 0) + 1.0],
+    lambda x, y: [x[1:], x[:2], x.clone()[1:], x.to(torch.float32), x.float() + y, x.float() + 1],
+    lambda x, y: [F.dropout(x, 0.0), torch.var_mean(x, 0), torch.var_mean(x, 0), x.split(2, 1), x.split(2, 1)],
+]
+
+
+@pytest.mark.parametrize("function", FORMS)
+def test_forms_are_those_of_tensors_with_data(normal, function):
+    """Also where operations of equal forms were seen before."""
+    inputs = normal(SHAPE, SHAPE)()
+    values = {}
+    given = iter(inputs)
+    for node in record(function, inputs).nodes:
+        if node.kind == "output":
+            break
+        args, kwargs = (mapped(Node, values.__getitem__, arguments) for arguments in (node.args, node.kwargs))
+        values[node] = {
+            "input": lambda: next(given),
+            "tensor": lambda node=node: node.target,
+            "call": lambda node=node, args=args, kwargs=kwargs: node.target(*args, **kwargs),
+        }[node.kind]()
+        tensors = [leaf for leaf in pytree.tree_leaves(values[node]) if isinstance(leaf, torch.Tensor)]
+        for form, tensor in zip(forms(node.value), tensors, strict=True):
+            assert form == Form.of(tensor)
+            assert form.is_contiguous == tensor.is_contiguous()
+
+
 def test_memory_is_used_again(normal):
     def function(x):
         for _ in range(50):
@@ -217,6 +259,14 @@ STACKS = {
     "results of one call": (0, lambda x, y: torch.stack(torch.ops.aten.native_layer_norm(x, [4], None, None, 0.1)[1:])),
     "transposed": (0, lambda x, y: torch.stack([x.exp().mT, (x + y).permute(2, 0, 1).permute(1, 0, 2)], 2).exp()),
     "a gradient of query, key and value": (0, lambda x, y: torch.stack([x.exp(), y.sin()]).permute(1, 2, 0, 3).clone()),
+    "a gradient that is copied in order": (
+        0,
+        lambda x, y: torch.stack([x.exp(), y.sin(), x * y], 1).permute(2, 0, 1, 3).contiguous().view(3, 2, 12).exp(),
+    ),
+    "copied in order, read twice": (
+        1,
+        lambda x, y: (lambda s: (s.mT.contiguous(), s.sum()))(torch.stack([x, y.sin()])),
+    ),
     "read after": (0, lambda x, y: (lambda s: (s * 2, s.mT @ s, s[0]))(torch.stack([x.exp(), y.sin()]))),
     "changed afterwards": (0, lambda x, y: torch.stack([x.exp(), y.sin()]).mul_(2).add_(1)),
     "input": (1, lambda x, y: torch.stack([x, y.sin()])),
@@ -431,6 +481,14 @@ def forked(x):
 
 
 FIXED = torch.zeros(3)
+SPARSE = torch.eye(3).to_sparse()
+
+
+def sparse_gradient(x):
+    weight = x.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(F.embedding(torch.arange(2), weight, sparse=True).sum(), weight)
+    return gradient.to_dense()
+
 
 REFUSED = {
     "branch": (lambda x: x if x.sum() > 0 else -x, "depends on the values of tensors in Python"),
@@ -453,6 +511,8 @@ REFUSED = {
         lambda x: torch.max(x, 1, out=(torch.empty(3), torch.empty(3, dtype=torch.long)))[0],
         "several results put into given tensors",
     ),
+    "a sparse tensor": (lambda x: torch.sparse.mm(SPARSE, x), "layout torch.sparse_coo"),
+    "a sparse gradient": (sparse_gradient, "layout torch.sparse_coo"),
     "another tensor changed": (lambda x: x + FIXED.clamp_(0, 0), "neither an input nor made by it"),
 }
 
@@ -464,6 +524,15 @@ def test_what_a_replay_would_get_wrong_is_refused(normal, function, message):
         record(function, normal((3, 3), dtype=torch.float32)())
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
+
+
+def test_tensors_of_another_recording_are_refused(normal):
+    (x,) = normal((3, 3))()
+    kept = []
+    record(lambda x: kept.append(x * 2), [x])
+    for function in (lambda x: kept[0], lambda x: x + kept[0]):
+        with pytest.raises((NotRecordableError, AssertionError), match=r"does not tell of|fake mode"):
+            record(function, [x])
 
 
 def test_inputs_that_stay_are_not_copied(normal):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import logging
 import warnings
 
 import pytest
@@ -420,22 +419,3 @@ def test_dropout_and_batch_norm_beside_the_comparison(draw):
         results.append([meta_gradients(meta, *pair) for pair in zip(batches, batches.flip(0), strict=True)])
         results[-1] += [[b.clone() for b in meta.buffers()], torch.randn(3)]
     torch.testing.assert_close(*results, rtol=0, atol=0)
-
-
-def test_repeated_recordings_are_told(draw, caplog):
-    meta = learner(Mask(), capture=True)
-    with caplog.at_level(logging.WARNING, "metafast"):
-        for n in (3, 4, 5, 6, 7):
-            meta(draw(n), draw(n))
-    assert caplog.text.count("were all recorded") == 1
-    assert "since each time something was new: shapes, dtypes or devices, mask" in caplog.text.replace("model.", "")
-
-
-def test_acceleration_around_a_captured_call(draw, caplog):
-    meta = learner(Mask(), capture=True)
-    with caplog.at_level(logging.INFO, "metafast"):
-        for _ in range(3):
-            with metafast.accelerate(meta.model):
-                meta(draw(), draw())
-        meta(draw(), draw())
-    assert caplog.text.count("capture: recorded") == 1

@@ -17,6 +17,7 @@ from metafast.acceleration import is_own_hook
 from metafast.backend import requested_backend
 from metafast.engine.capture_call import Call
 from metafast.engine.capture_check import Check
+from metafast.engine.freed_memory import give_back
 from metafast.engine.module_attributes import Attributes, Change, tensors_in
 from metafast.engine.replay_state import RandomState
 from metafast.engine.state_after_call import of_last_task
@@ -127,6 +128,7 @@ class Capture:
             random = RandomState(inputs[0].device)
             call.run(recording.program.copied(inputs))
             random.restore()
+            give_back()
             recording = self._recorded_once(call, inputs)
             if recording.moving:
                 raise NotRecordableError(

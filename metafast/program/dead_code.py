@@ -1,49 +1,72 @@
-"""Removes operations without effect from a recorded graph."""
+"""Leaves out operations without effect."""
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
-from torch import fx
+from torch._ops import OpOverload
+
+from metafast.program.aliases import written_arguments
+from metafast.program.graph import CALL, INPUT, OUTPUT, Node
 
 _aten = torch.ops.aten
 
 
-def simplify(graph: fx.Graph) -> None:
-    """Removes operations whose results nothing reads, and copies that only change the order of a stack in memory."""
-    graph.eliminate_dead_code()
-    for node in graph.nodes:
-        if node.target is _aten.clone.default:
-            _stack_in_order(graph, node)
-    graph.eliminate_dead_code()
+def simplified(nodes: list[Node]) -> list[Node]:
+    """The nodes without operations whose results nothing reads, and without copies that only change the order of a stack."""
+    return _alive(_stacks_in_order(_alive(nodes)))
 
 
-def _stack_in_order(graph: fx.Graph, clone: fx.Node) -> None:
-    """Replaces a contiguous copy of a permuted stack by a stack of permuted tensors.
+def _alive(nodes: list[Node]) -> list[Node]:
+    """The nodes that have an effect, or that another one of these reads; and all inputs."""
+    read: set[Node] = set()
+    alive = []
+    for node in reversed(nodes):
+        if node in read or _has_effect(node):
+            read.update(node.sources)
+            alive.append(node)
+    return alive[::-1]
+
+
+def _has_effect(node: Node) -> bool:
+    """Whether a node does something besides giving a value. Random numbers that nobody reads are drawn as well."""
+    op = node.target
+    if not isinstance(op, OpOverload):
+        return node.kind in (INPUT, OUTPUT)
+    return (
+        op._schema.is_mutable
+        or not op._schema.returns
+        or torch.Tag.nondeterministic_seeded in op.tags
+        or bool(written_arguments(node))
+    )
+
+
+def _stacks_in_order(nodes: list[Node]) -> list[Node]:
+    """Makes contiguous copies of permuted stacks views of a stack of permuted tensors.
 
     The gradient of a query, key and value that one matrix made is such a copy, for example.
     """
-    permute: Any = clone.args[0]
-    if not _is_only_step(permute, _aten.permute.default):
-        return
-    stack: Any = permute.args[0]
-    if not _is_only_step(stack, _aten.stack.default) or not clone.meta["val"].is_contiguous():
-        return
-    rank = stack.meta["val"].ndim
-    order = [dim % rank for dim in permute.args[1]]
-    dim = (stack.args[1] if len(stack.args) > 1 else 0) % rank
-    kept = [other - (other > dim) for other in order if other != dim]
-    with graph.inserting_before(stack):
-        permuted = []
-        for tensor in stack.args[0]:
-            permuted.append(graph.call_function(_aten.permute.default, (tensor, kept)))
-            permuted[-1].meta["val"] = tensor.meta["val"].permute(kept)
-        stacked = graph.call_function(_aten.stack.default, (permuted, order.index(dim)))
-    stacked.meta["val"] = clone.meta["val"]
-    clone.replace_all_uses_with(stacked)
-
-
-def _is_only_step(node: object, target: object) -> bool:
-    """Whether a value is made by that operation and read by one other."""
-    return isinstance(node, fx.Node) and node.target is target and len(node.users) == 1
+    readers = Counter(source for node in nodes for source in node.sources)
+    permuted: dict[Node, list[Node]] = {}
+    for clone in nodes:
+        if clone.target is not _aten.clone.default or not clone.value.is_contiguous:
+            continue
+        permute: Any = clone.args[0]
+        if permute.target is not _aten.permute.default or readers[permute] != 1:
+            continue
+        stack: Any = permute.args[0]
+        if stack.target is not _aten.stack.default or readers[stack] != 1:
+            continue
+        rank = len(stack.value.shape)
+        order = [dim % rank for dim in permute.args[1]]
+        dim = (stack.args[1] if len(stack.args) > 1 else 0) % rank
+        kept = [other - (other > dim) for other in order if other != dim]
+        permuted[stack] = [
+            Node(CALL, _aten.permute.default, (tensor, kept), value=tensor.value.permuted(kept))
+            for tensor in stack.args[0]
+        ]
+        stack.become(_aten.stack.default, (permuted[stack], order.index(dim)), {}, clone.value)
+        clone.become(_aten.alias.default, (stack,), {}, clone.value)
+    return [every for node in nodes for every in (*permuted.get(node, ()), node)]

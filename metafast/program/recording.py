@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -17,12 +17,13 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from metafast.program.aliases import Aliases, reshapes_in_place
+from metafast.program.errors import NotRecordableError
+from metafast.program.graph import OUTPUT, TENSOR, Node, forms
+from metafast.program.tracing import DRAWS_ELSEWHERE, LOOKS, Tracing
 
 _lock = threading.Lock()
 
@@ -39,27 +40,22 @@ def is_recording() -> bool:
     return _recording.value
 
 
-class NotRecordableError(RuntimeError):
-    """The function does something that a replay would not repeat."""
-
-
 class Recorded:
-    """A graph of operations on tensors, and the structure of their results.
+    """Operations on tensors, and the structure of their results.
 
     Attributes:
-        module: one placeholder per input, one flat list of outputs. Tensors that the function reached in other ways, such as
-            buffers, are attributes of it, by reference.
+        nodes: the inputs in order, tensors that the function reached in other ways, such as buffers, calls in the order in
+            which they ran, and at the end a flat list of the results.
         outputs: the structure of the function's result.
         reached: the tensors that were reached in other ways.
         mode: the mode of the tensors without data.
     """
 
-    def __init__(self, module: fx.GraphModule, outputs: pytree.TreeSpec, mode: FakeTensorMode) -> None:
-        self.module = module
+    def __init__(self, nodes: list[Node], outputs: pytree.TreeSpec, mode: FakeTensorMode) -> None:
+        self.nodes = nodes
         self.outputs = outputs
         self.mode = mode
-        attributes = [getattr(module, node.target) for node in module.graph.nodes if node.op == "get_attr"]
-        self.reached = [value for value in attributes if isinstance(value, Tensor)]
+        self.reached: list[Tensor] = [node.target for node in nodes if node.kind == TENSOR]
 
 
 def record(function: Callable[..., Any], inputs: list[Tensor]) -> Recorded:
@@ -74,44 +70,46 @@ def record(function: Callable[..., Any], inputs: list[Tensor]) -> Recorded:
             memory in place, a tensor that is no input is changed, or random numbers come from elsewhere than torch's
             random state.
     """
-    structure: list[pytree.TreeSpec] = []
-
-    def flat(*tensors: Tensor) -> list[Tensor]:
-        with _RefusingLooks(), _RefusingCopies():
-            leaves, spec = pytree.tree_flatten(function(*tensors))
-        structure.append(spec)
-        return leaves
-
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    tracing = make_fx(flat, tracing_mode="real", _allow_non_fake_inputs=True, _error_on_data_dependent_ops=False)
+    tracing = Tracing(mode)
     try:
         # In the mode, what the function makes is without data too, and what it changes by closure stays as it is.
-        with _lock, _watching_random_state() as put_back, mode, _recorded_thread():
+        with _lock, _watching_random_state() as put_back, mode, _all_operations_seen(), _recorded_thread():
             # Not views of anything, so that an offset in memory means the same in a replay.
-            fakes = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in inputs]
-            module = tracing(*fakes)
+            fakes = [
+                tracing.input(torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)) for t in inputs
+            ]
+            with tracing, _RefusingCopies():
+                leaves, structure = pytree.tree_flatten(function(*fakes))
+            results = tracing.nodes_of(leaves)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
-        raise NotRecordableError(f"{_LOOKS} {error}") from error
-    except NotImplementedError as error:
-        # Up to torch 2.11 a graph cannot hold one.
-        if "Generator" not in str(error):
-            raise
-        raise NotRecordableError(_DRAWS_ELSEWHERE) from error
-    if put_back and any(draws_random_numbers(node) for node in module.graph.nodes):
+        raise NotRecordableError(f"{LOOKS} {error}") from error
+    nodes = [*tracing.nodes, Node(OUTPUT, args=(results,))]
+    if put_back and any(map(draws_random_numbers, nodes)):
         raise NotRecordableError(
             "the computation draws random numbers and sets the random state, which a replay would not: either a seed, or "
             "dropout in a part that is recomputed in the backward pass; record it without checkpointing or dropout"
         )
-    for node in module.graph.nodes:
+    for node in nodes:
         if isinstance(node.target, OpOverload):
             _check_repeatable(node.target, node)
-        elif node.op == "get_attr" and isinstance(getattr(module, node.target), torch.Generator):
-            raise NotRecordableError(_DRAWS_ELSEWHERE)
-    if any(root.node.op == "get_attr" for root in Aliases(module.graph).written):
+    if any(root.node.kind == TENSOR for root in Aliases(nodes).written):
         raise NotRecordableError(
             "the computation changes a tensor in place that is neither an input nor made by it; register it as a buffer"
         )
-    return Recorded(module, structure[0], mode)
+    return Recorded(nodes, structure, mode)
+
+
+@contextmanager
+def _all_operations_seen() -> Iterator[None]:
+    """Inside, no operation is left out because somebody keeps its result, or replaced since somebody compiled it."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
 
 
 @contextmanager
@@ -123,33 +121,26 @@ def _recorded_thread() -> Iterator[None]:
         _recording.value = False
 
 
-class _RefusingLooks(TorchDispatchMode):
-    """Refuses to tell Python the value of a tensor that the function did not make: it may be another one at a replay."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default and not isinstance(args[0], FakeTensor):
-            raise NotRecordableError(f"{_LOOKS} {func}; so does a tensor without dimensions as an index")
-        return func(*args, **(kwargs or {}))
-
-
 class _RefusingCopies(TorchFunctionMode):
-    """The same for values that are read from memory, which no operation tells of."""
+    """Refuses to tell Python the values of a tensor that the function did not make, where no operation tells of it."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (Tensor.tolist, Tensor.numpy, Tensor.__array__) and not isinstance(args[0], FakeTensor):
-            raise NotRecordableError(f"{_LOOKS} Tensor.{func.__name__}")
+            raise NotRecordableError(f"{LOOKS} Tensor.{func.__name__}")
         return func(*args, **(kwargs or {}))
 
 
-def draws_random_numbers(node: fx.Node) -> bool:
+def draws_random_numbers(node: Node) -> bool:
     """Whether an operation draws random numbers, so that its result is another one each time."""
     return isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
 
 
-def _check_repeatable(op: OpOverload, node: fx.Node) -> None:
+def _check_repeatable(op: OpOverload, node: Node) -> None:
     looks = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(op.tags)
     if looks and op not in _SHAPES_KNOWN:
-        raise NotRecordableError(f"{_LOOKS} {op}")
+        raise NotRecordableError(f"{LOOKS} {op}")
+    if any(isinstance(argument, torch.Generator) for argument in (*node.args, *node.kwargs.values())):
+        raise NotRecordableError(DRAWS_ELSEWHERE)
     if (torch.Tag.inplace_view in op.tags and not reshapes_in_place(node)) or _resizes(op, node):
         raise NotRecordableError(
             f"the computation changes the shape or the memory of a tensor in place ({op}), where a replay has all shapes "
@@ -161,15 +152,13 @@ def _check_repeatable(op: OpOverload, node: fx.Node) -> None:
 
 # With masks their shapes depend on values, but those are refused while recording.
 _SHAPES_KNOWN = {torch.ops.aten.index.Tensor, torch.ops.aten.repeat_interleave.Tensor}
-_DRAWS_ELSEWHERE = "the computation draws from a generator of its own, which a replay would not seed again"
-_LOOKS = "the computation depends on the values of tensors in Python, which a replay would not look at again:"
 
 
-def _resizes(op: OpOverload, node: fx.Node) -> bool:
+def _resizes(op: OpOverload, node: Node) -> bool:
     """Whether an operation is given a tensor of another shape for its result."""
     outputs = [node.kwargs.get(argument.name) for argument in op._schema.arguments if argument.is_out]
-    given = [output.meta["val"].shape for output in outputs if isinstance(output, fx.Node)]
-    return bool(given) and given != [leaf.shape for leaf in pytree.tree_leaves(node.meta["val"])]
+    given = [output.value.shape for output in outputs if isinstance(output, Node)]
+    return bool(given) and given != [form.shape for form in forms(node.value)]
 
 
 @contextmanager

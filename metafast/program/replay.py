@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from metafast.program.build import Built, Call
-from metafast.program.dead_code import simplify
+from metafast.program.dead_code import simplified
 from metafast.program.plan import Plan
 from metafast.program.recording import record
 
@@ -41,10 +41,6 @@ class Program:
         self, function: Callable[..., Any], inputs: list[Tensor], staying: Collection[int] = frozenset()
     ) -> None:
         recorded = record(function, [tensor.contiguous() for tensor in inputs])
-        graph = recorded.module.graph
-        nodes = list(graph.nodes)
-        simplify(graph)
-        nodes += graph.nodes
         self._structure = recorded.outputs
         given = [
             tensor.detach() if number in staying and _is_dense(tensor) else None for number, tensor in enumerate(inputs)
@@ -54,17 +50,14 @@ class Program:
         self._lock = threading.Lock()
         # Inference tensors: operations on them pass autograd by.
         with torch.inference_mode():
-            plan = Plan(graph)
-            built = Built(recorded.module, plan, inputs[0].device, given)
+            plan = Plan(simplified(recorded.nodes))
+            built = Built(plan, inputs[0].device, given)
             self.bytes = plan.bytes
             self._inputs, self._outputs, self._calls = built.inputs, built.outputs, built.calls
             self.writes, self.constant, self._in_place = built.writes, built.constant, built.in_place
             if inputs[0].device.type == "cuda":
                 self._take(inputs)
                 self._calls = [_as_cuda_graph(self._calls, inputs[0].device)]
-        # Nodes refer to each other: their tensors without data would be there until the garbage collector comes.
-        for node in nodes:
-            node.meta.clear()
 
     def fits(self, inputs: list[Tensor]) -> bool:
         """Whether inputs that are read where they are have stayed there; ``run`` takes no others."""

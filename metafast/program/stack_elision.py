@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from metafast.program.aliases import Aliases, Root
+from metafast.program.graph import OUTPUT, Node
 
 _aten = torch.ops.aten
 
@@ -25,7 +26,7 @@ class Part:
         order: order of the value's dimensions there.
     """
 
-    stack: fx.Node
+    stack: Node
     index: int
     order: tuple[int, ...]
 
@@ -35,15 +36,15 @@ class Part:
         return stacked.select(_dim(self.stack), self.index).permute(inverse)
 
 
-def parts_of_stacks(nodes: Sequence[fx.Node], running: set[fx.Node], aliases: Aliases) -> dict[Root, Part]:
+def parts_of_stacks(nodes: Sequence[Node], running: set[Node], aliases: Aliases) -> dict[Root, Part]:
     """For each stack, the memory of its parts, where all of them can be made in the stack.
 
     A part is a whole result of a call, its dimensions in any order, that nothing but the stack reads. A call that gives a
     list is an update, which writes contiguous tensors alone.
     """
-    readers: dict[Root, list[fx.Node]] = {}
+    readers: dict[Root, list[Node]] = {}
     for node in nodes:
-        if node in running or node.op == "output":
+        if node in running or node.kind == OUTPUT:
             for _, root in aliases.read(node):
                 readers.setdefault(root, []).append(node)
     found: dict[Root, Part] = {}
@@ -61,8 +62,8 @@ def parts_of_stacks(nodes: Sequence[fx.Node], running: set[fx.Node], aliases: Al
                 and (base is root.node or (base.target is operator.getitem and base.args[0] is root.node))
                 and readers[root] == [stack]
                 and root not in aliases.written
-                and base.meta["val"].dtype == stack.meta["val"].dtype
-                and not isinstance(root.node.meta["val"], list)
+                and base.value.dtype == stack.value.dtype
+                and not isinstance(root.node.value, list)
             ):
                 parts[root] = Part(stack, index, order)
         if len(parts) == len(values):
@@ -70,9 +71,9 @@ def parts_of_stacks(nodes: Sequence[fx.Node], running: set[fx.Node], aliases: Al
     return found
 
 
-def _unpermuted(value: Any) -> tuple[fx.Node, tuple[int, ...]]:
+def _unpermuted(value: Any) -> tuple[Node, tuple[int, ...]]:
     """The value that ``value`` is a permutation of, and its dimension for each dimension of ``value``."""
-    rank = value.meta["val"].ndim
+    rank = len(value.value.shape)
     order = tuple(range(rank))
     while value.target in (_aten.permute.default, _aten.transpose.int):
         value, *dims = value.args
@@ -87,4 +88,4 @@ def _unpermuted(value: Any) -> tuple[fx.Node, tuple[int, ...]]:
 
 def _dim(stack: Any) -> int:
     dim = stack.args[1] if len(stack.args) > 1 else 0
-    return int(dim % stack.meta["val"].ndim)
+    return int(dim % len(stack.value.shape))
