@@ -312,6 +312,7 @@ class MetaLearner(nn.Module):
             self.inner_loop(start, self.order),
             rebuilt_steps=self.steps - self.memory_plan.kept_steps(support, tasks),
             after_first_step=self.memory_plan.after_first_step(start, support, tasks),
+            is_large=not self.capture and self.memory_plan.has_large_graphs(support),
         )
 
     def split_parameters(self) -> ParameterSplit:

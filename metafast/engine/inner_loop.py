@@ -100,6 +100,7 @@ class InnerLoop:
         rebuilt_steps: of so many steps, the first ones, each one's graph is rebuilt in the backward pass and not kept.
         micro_batches: number of parts into which a step cuts the examples of its support sets. It adds up their gradients.
         after_first_step: called with the first step's results.
+        is_large: whether graphs consist of large tensors, as for :func:`metafast.engine.recompute_step.recomputed`.
     """
 
     losses: Losses
@@ -108,6 +109,7 @@ class InnerLoop:
     rebuilt_steps: int = 0
     micro_batches: int = 1
     after_first_step: Callable[[Any], None] | None = None
+    is_large: bool = False
 
     def run(self, start: Start, support: Any, tasks: int, steps: int) -> Adapted:
         """Adapts ``tasks`` copies of the parameters for ``steps`` steps on ``support``."""
@@ -139,7 +141,7 @@ class InnerLoop:
         """``function(inputs, create_graph)``, with its graph kept or rebuilt in the backward pass as that of a step."""
         second = self.order == 2 and torch.is_grad_enabled()
         if second and number < self.rebuilt_steps:
-            return recomputed(function, inputs, self.losses.model)
+            return recomputed(function, inputs, self.losses.model, is_large=self.is_large)
         return function(inputs, second)
 
     @staticmethod

@@ -133,6 +133,11 @@ class MemoryPlan:
             return None
         return self._choose(support, tasks, self._chunk)
 
+    def has_large_graphs(self, support: Any) -> bool:
+        """Whether the graph of a step of one task is known to consist of large tensors."""
+        measured = self._measured.get(_key(support))
+        return measured is not None and measured.graph >= _large(self._learner.device)
+
     def after_first_step(self, start: Start, support: Any, tasks: int) -> Callable[[Any], None] | None:
         """What measures the first step of a call from its results; None where nothing is to be measured.
 
@@ -227,8 +232,7 @@ class MemoryPlan:
         fewest = learner.steps if learner.checkpoint is False else 0
         number = tasks if chunk is None else min(chunk, tasks)
         if chunk is None:
-            large = LARGE_GRAPH.get(learner.device.type, LARGE_GRAPH["cuda"])
-            enough = min(tasks, -(-large // max(graph, 1)))
+            enough = min(tasks, -(-_large(learner.device) // max(graph, 1)))
             number = enough if measured.is_large else tasks
             # Tasks that are large enough by themselves lose nothing one after another; rebuilt graphs cost time.
             number = _most(lambda n: fits(n, most), number, enough)
@@ -236,6 +240,10 @@ class MemoryPlan:
         if chunk is None:
             number = _most(lambda n: fits(n, kept), number, 1)
         return MemoryChoice(number, kept, graph, budget)
+
+
+def _large(device: torch.device) -> int:
+    return LARGE_GRAPH.get(device.type, LARGE_GRAPH["cuda"])
 
 
 def _most(fits: Callable[[int], bool], most: int, fewest: int) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.utils import _pytree as pytree
 
+from metafast.engine.freed_memory import give_back
 from metafast.engine.replay_state import ReplayState, written_parameters
 from metafast.engine.untracked_leaves import find_untracked, refuse_untracked
 
@@ -19,7 +20,7 @@ from metafast.engine.untracked_leaves import find_untracked, refuse_untracked
 Recomputable: TypeAlias = Callable[[Any, bool], Any]
 
 
-def recomputed(function: Recomputable, inputs: Any, model: nn.Module) -> Any:
+def recomputed(function: Recomputable, inputs: Any, model: nn.Module, *, is_large: bool = False) -> Any:
     """``function(inputs)``, whose graph is built in the backward pass, used once and freed.
 
     Args:
@@ -27,12 +28,14 @@ def recomputed(function: Recomputable, inputs: Any, model: nn.Module) -> Any:
             needs a gradient reaches it but through ``inputs``.
         inputs: pytree of tensors.
         model: whose buffers ``function`` reads and updates.
+        is_large: whether the graph consists of large tensors; then freed memory goes back to the system before it is
+            differentiated, which takes the most memory.
 
     Raises:
         RuntimeError: in the backward pass, where such a tensor reached it.
     """
     tensors, structure = pytree.tree_flatten(inputs)
-    call = _Call(function, structure, model)
+    call = _Call(function, structure, model, is_large)
     outputs = _Recomputed.apply(call, *tensors)
     assert call.outputs is not None
     return pytree.tree_unflatten(list(outputs), call.outputs)
@@ -60,10 +63,11 @@ def _rebuilding() -> Iterator[None]:
 
 
 class _Call:
-    def __init__(self, function: Recomputable, structure: pytree.TreeSpec, model: nn.Module) -> None:
+    def __init__(self, function: Recomputable, structure: pytree.TreeSpec, model: nn.Module, is_large: bool) -> None:
         self.function = function
         self.structure = structure
         self.model = model
+        self.is_large = is_large
         self.outputs: pytree.TreeSpec | None = None
 
     def run(self, tensors: list[Tensor], create_graph: bool) -> list[Tensor]:
@@ -96,6 +100,8 @@ class _Recomputed(Function):
         del outputs
         leaves = [tensor for tensor in inputs if tensor.requires_grad]
         found = find_untracked([edge.node for edge in edges], leaves)
+        if ctx.call.is_large:
+            give_back()
         grads = iter(torch.autograd.grad(edges, leaves, reached, allow_unused=True) if edges else [None] * len(leaves))
         del edges, reached
         refuse_untracked(found, "checkpoint=True")

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from metafast.engine.capture import Capture
 from metafast.engine.embedding_rows import WholeTableError, refuse_missed, sparse_gradients, watching_for_missed
 from metafast.engine.finite import check_finite, describe_not_finite, finite_tasks
+from metafast.engine.freed_memory import give_back
 from metafast.engine.memory_plan import MemoryChoice, MemoryPlan, PlanChangedError
 from metafast.engine.precomputed_gradients import with_precomputed_gradients
 from metafast.engine.reduction import Ranks, check_weights
@@ -278,7 +279,12 @@ class Step:
                 return total, {"gradient": dict.fromkeys(params)}, results, missed
             leaves = list(params.values())
             # A recording refuses untracked leaves by itself.
-            found = [] if self._learner.capture else find_untracked([total.grad_fn], leaves)
+            found = []
+            if not self._learner.capture:
+                found = find_untracked([total.grad_fn], leaves)
+                if self._learner.memory_plan.has_large_graphs(support):
+                    # The forward pass has left gaps, and the backward pass takes the most memory.
+                    give_back()
             grads = torch.autograd.grad(total, leaves, allow_unused=True)
             total = total.detach()
             refuse_untracked(found, "tasks_per_chunk")
