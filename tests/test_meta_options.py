@@ -195,6 +195,35 @@ def test_bad_task_weights(net, draw, weights, error, message):
         maml(net)(draw(4), draw(5), task_weights=weights)
 
 
+# --- Gradients that the call has computed ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{"tasks_per_chunk": 2}, {"tasks_per_chunk": TASKS}, {"capture": True}], ids=str)
+def test_backward_passes_of_one_call(net, draw, options):
+    """Scaled, accumulated, and repeated where the graph is kept."""
+    batches, params = (draw(4), draw(5)), list(net.parameters())
+    expected = meta_gradients(maml(net, tasks_per_chunk=None), *batches)[1]
+    loss = maml(net, **options)(*batches)
+    for factor in (1.0, -3.0):
+        found = torch.autograd.grad(factor * loss, params, retain_graph=True)
+        assert distance(found, [factor * g for g in expected]) < 1e-10
+    net.zero_grad()
+    (2 * loss).backward(retain_graph=True)
+    loss.backward()
+    assert distance([p.grad for p in params], [3 * g for g in expected]) < 1e-10
+
+
+def test_a_chunks_gradient_becomes_that_of_the_parameters(net, draw):
+    loss = maml(net, tasks_per_chunk=2)(draw(4), draw(5))
+    gradients = loss.grad_fn.next_functions[0][0].gradients
+    memory = {g.data_ptr() for g in gradients}
+    del gradients
+    loss.backward()
+    assert {p.grad.data_ptr() for p in net.parameters()} == memory
+    with pytest.raises(RuntimeError, match="Trying to backward through the graph a second time"):
+        loss.backward()
+
+
 # --- Losses that are not finite -------------------------------------------------------------------------------------
 
 

@@ -257,9 +257,12 @@ class Step:
         total = torch.stack(totals).sum()
         # Not those of an embedding that a user has made sparse.
         tables = {id(p) for p in self._learner.tables()}
-        gradients = [_dense(g) if id(p) in tables else g for p, g in zip(params, gradients, strict=True)]
+        for index, (p, gradient) in enumerate(zip(params, gradients, strict=True)):
+            if id(p) in tables and gradient is not None and gradient.is_sparse:
+                gradients[index] = gradient.coalesce().to_dense()
+                sums.add(index)
         if whole is None:
-            return with_precomputed_gradients(total, gradients, params), _joined(chunks)
+            return with_precomputed_gradients(total, gradients, params, owned=sums), _joined(chunks)
         shards = whole.sharded(params)
         return with_precomputed_gradients(total, gradients, shards, mean_over_ranks), _joined(chunks)
 
@@ -349,10 +352,6 @@ def _add(gradients: list[Tensor | None], more: list[Tensor | None], sums: set[in
             # A sum of sparse ones is sparse, and grows.
             gradients[index] = other + gradient if gradient.is_sparse else gradient + other
             sums.add(index)
-
-
-def _dense(gradient: Tensor | None) -> Tensor | None:
-    return gradient.coalesce().to_dense() if gradient is not None and gradient.is_sparse else gradient
 
 
 def _joined(chunks: list[TaskResults]) -> TaskResults:

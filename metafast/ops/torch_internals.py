@@ -45,6 +45,8 @@ below_autograd = torch._C._AutoDispatchBelowAutograd
 will_run_node = torch._C._will_engine_execute_node
 # Inside, writes to a tensor give it no new version.
 preserving_version = torch.autograd.grad_mode._unsafe_preserve_version_counter
+# Whether the backward pass that runs now leaves its graph for another one.
+keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
 # Whether oneDNN multiplies matrices of these types with instructions for them on this CPU.
 multiplies_bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported
 multiplies_float16 = torch.ops.mkldnn._is_mkldnn_fp16_supported
