@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau
 import metafast
 from metafast.models import EncoderClassifier
 from metafast.tasks import FewShot
-from metafast.training import Validation, classification_loss, evaluate, fit, inputs_of, read_checkpoint
+from metafast.training import Validation, classification_loss, evaluate, fit, read_checkpoint
 from metafast.training import loop as training_loop
 from metafast.training.checkpoint import read_metadata, write_checkpoint
 
@@ -287,12 +287,16 @@ def test_a_failure_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     assert read_metadata(tmp_path / "checkpoint.safetensors")["progress"]["iteration"] == 2
 
 
-def test_inputs_and_losses_of_every_kind_of_batch(generator):
+def test_losses_of_every_kind_of_batch(generator):
     x, y = torch.randn(4, 3, generator=generator), torch.tensor([0, 1, 2, 1])
-    assert inputs_of((x, y)) is x
-    assert inputs_of({"text": x, "label": y}) is x
-    tokens = {"input_ids": x, "attention_mask": y}
-    assert inputs_of({**tokens, "labels": y}) == tokens
-    loss, metrics = classification_loss(lambda inputs: types.SimpleNamespace(logits=inputs), (x, y))
-    assert loss.item() == pytest.approx(-x.log_softmax(-1)[range(4), y].mean().item())
-    assert metrics["accuracy"].item() == (x.argmax(-1) == y).float().mean().item()
+    expected = pytest.approx(-x.log_softmax(-1)[range(4), y].mean().item())
+    batches = [(x, y), {"text": x, "label": y}, {"input_ids": x, "attention_mask": y, "labels": y}]
+    for batch, takes_dict in zip(batches, (False, False, True), strict=True):
+
+        def model(inputs, takes_dict=takes_dict):
+            assert not takes_dict or inputs["attention_mask"] is y
+            return types.SimpleNamespace(logits=inputs["input_ids"] if takes_dict else inputs)
+
+        loss, metrics = classification_loss(model, batch)
+        assert loss.item() == expected
+        assert metrics["accuracy"].item() == (x.argmax(-1) == y).float().mean().item()

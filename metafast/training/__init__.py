@@ -3,7 +3,7 @@
 from metafast.training.checkpoint import read_checkpoint
 from metafast.training.evaluation import Evaluation, Interval, evaluate
 from metafast.training.loop import Fit, Validation, fit
-from metafast.training.losses import classification_loss, inputs_of
+from metafast.training.losses import classification_loss
 
 __all__ = [
     "Evaluation",
@@ -13,6 +13,5 @@ __all__ = [
     "classification_loss",
     "evaluate",
     "fit",
-    "inputs_of",
     "read_checkpoint",
 ]

@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from metafast.algorithms.prototypes import inputs_of, labels_of
+
 __all__ = ["classification_loss", "inputs_of"]
-
-LABELS = ("label", "labels")
-
-
-def inputs_of(batch: Any) -> Any:
-    """What a model is called with: the first of a pair; a dict without ``"label"`` or ``"labels"``, or its one entry.
-
-    It is the ``inputs=`` of :class:`metafast.ProtoNet` and :class:`metafast.ProtoMAML` for tokenized batches.
-    """
-    if not isinstance(batch, Mapping):
-        return batch[0]
-    inputs = {name: leaf for name, leaf in batch.items() if name not in LABELS}
-    return next(iter(inputs.values())) if len(inputs) == 1 else inputs
 
 
 def classification_loss(model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -29,9 +17,13 @@ def classification_loss(model: nn.Module, batch: Any) -> tuple[Tensor, dict[str,
 
     Args:
         model: ``model(inputs)`` gives logits ``[n, classes]``, or an output of Hugging Face's models with ``logits``.
-        batch: a pair ``(inputs, labels)``, or a dict of inputs and ``"label"`` or ``"labels"``, int64 ``[n]``.
+        batch: a pair ``(inputs, labels)``, or a dict of inputs and ``"label"`` or ``"labels"``, int64 ``[n]``; of several
+            inputs the model gets the dict.
+
+    Raises:
+        TypeError, ValueError: the batch is neither.
     """
-    labels = next(batch[name] for name in LABELS if name in batch) if isinstance(batch, Mapping) else batch[1]
+    labels = labels_of(batch)
     output = model(inputs_of(batch))
     logits = getattr(output, "logits", output)
     accuracy = (logits.argmax(-1) == labels).to(logits.dtype).mean()
