@@ -213,11 +213,17 @@ def test_a_tokenizer():
             assert 2 <= batch["attention_mask"].sum(-1).min() <= batch["attention_mask"].sum(-1).max() <= 6
 
 
+def test_without_shuffling_labels_keep_their_meaning():
+    tasks = FewShot(TEXTS, ways=7, shots=1, queries=1, shuffle=False)
+    for support, _ in tasks.batches(1, stop=5):
+        assert bytes(support["text"][0, :, 0].tolist()) == b"abcdefg"
+
+
 def test_tensors(generator):
     x = torch.randn(12, 4, generator=generator)
-    tasks = FewShot(TensorDataset(x, torch.arange(12) % 3), ways=2, shots=1, queries=2)
+    tasks = FewShot(TensorDataset(x, torch.arange(12) % 3), ways=2, shots=1, queries=2, multiple=8)
     (inputs, labels), _ = next(tasks.batches(5))
-    assert inputs.shape == (5, 2, 4)
+    assert inputs.shape == (5, 2, 4)  # features are not padded
     assert labels.tolist() == [[0, 1]] * 5
     assert all((x == row).all(1).any() for row in inputs.flatten(0, 1))
 

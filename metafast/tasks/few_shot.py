@@ -32,6 +32,8 @@ class FewShot(Tasks):
         tokenizer: a callable as Hugging Face's tokenizers are: ``tokenizer(texts, truncation=True, max_length=…)`` gives
             ``"input_ids"``, a list of ids per text; None: bytes.
         max_length: bytes or ids of a text that are kept.
+        shuffle: whether classes are drawn in random order, so that what a label means changes with every episode; False:
+            in the order of ``labels``. With all classes as ``ways``, that is joint training.
         seed, multiple: as for :class:`metafast.tasks.Tasks`.
 
     Attributes:
@@ -52,6 +54,7 @@ class FewShot(Tasks):
         queries: int = 10,
         tokenizer: Callable[..., Any] | None = None,
         max_length: int = 64,
+        shuffle: bool = True,
         seed: int = 0,
         multiple: int = 1,
     ) -> None:
@@ -62,6 +65,7 @@ class FewShot(Tasks):
         self.queries = check_positive("queries", queries)
         check_positive("max_length", max_length)
         self.labels = tuple(examples)
+        self.shuffle = shuffle
         if len(examples) < ways:
             raise ValueError(f"ways: expected at most {len(examples)}, the number of classes, got {ways}")
         few = [f"{label!r} has {len(of)}" for label, of in examples.items() if len(of) < shots + queries]
@@ -73,6 +77,9 @@ class FewShot(Tasks):
         self.tokenizer = tokenizer
         self._encoded = encode_examples(examples, tokenizer, max_length)
         self._texts = isinstance(examples[self.labels[0]][0], str)
+        if not self._texts:
+            # The last dimension of a tensor is no length.
+            self.multiple = 1
         if tokenizer is not None:
             self.padding = {"input_ids": getattr(tokenizer, "pad_token_id", None) or 0}
 
@@ -81,7 +88,8 @@ class FewShot(Tasks):
         generator = generator_of(self.seed, number)
         support: list[list[Tensor]] = []
         query: list[list[Tensor]] = []
-        for way in torch.randperm(len(self.labels), generator=generator)[: self.ways].tolist():
+        ways = torch.randperm(len(self.labels), generator=generator)[: self.ways].tolist()
+        for way in ways if self.shuffle else sorted(ways):
             of_label = self._encoded[way]
             drawn = torch.randperm(len(of_label), generator=generator)[: self.shots + self.queries].tolist()
             support.append([of_label[n] for n in drawn[: self.shots]])
