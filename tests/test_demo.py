@@ -250,7 +250,7 @@ def test_adapt_refuses(trained, texts):
         adapt(trained, {label: texts[label] for label in ("abcd", "efgh")}, shots=16)
     with pytest.raises(ValueError, match="shots, steps: expected at least 1 and 0, got 0 and 10"):
         adapt(trained, {label: texts[label] for label in ("abcd", "efgh")}, shots=0)
-    with pytest.raises(ValueError, match="checkpoint: expected a checkpoint of the demo in"):
+    with pytest.raises(ValueError, match="checkpoint: expected a checkpoint of metafast demo or train in"):
         adapt(Folder(trained.path / "nowhere"), {"a": ["b"], "c": ["d"]})
 
 

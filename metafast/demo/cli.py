@@ -49,6 +49,9 @@ def add_adapt(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--shots", type=int, help="texts per label to learn from (default: as in the checkpoint)")
     parser.add_argument("--steps", type=int, default=10, help="inner steps of the adaptation (default: %(default)s)")
+    parser.add_argument(
+        "--predictions", type=Path, help="a CSV file to write with every text, its label and predictions"
+    )
     parser.add_argument("--show", type=int, default=5, help="examples to print per label (default: %(default)s)")
     parser.add_argument(
         "--seed", type=int, default=0, help="seed of the draw of the texts to learn from (default: %(default)s)"
@@ -80,8 +83,9 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _adapt(options: argparse.Namespace) -> int:
-    from metafast.demo.adapt import adapt, table
+    from metafast.demo.adapt import adapt, table, to_csv
     from metafast.tasks import cldr, read_examples
+    from metafast.training.checkpoint import write
 
     try:
         if options.show < 0:
@@ -92,6 +96,8 @@ def _adapt(options: argparse.Namespace) -> int:
             chosen = cldr.select(options.languages.split(","), "languages")
             texts = {f"{cldr.english_name(code)} ({code})": list(names) for code, names in chosen.items()}
         examples = adapt(Folder(options.checkpoint), texts, shots=options.shots, steps=options.steps, seed=options.seed)
+        if options.predictions is not None:
+            write(options.predictions, to_csv(examples).encode())
     except (ValueError, OSError, ImportError) as error:
         print(f"metafast adapt: {error}", file=sys.stderr)
         return 1

@@ -39,6 +39,11 @@ class Folder:
     def plot(self) -> Path:
         return self.path / "accuracy.png"
 
+    def settings(self) -> dict[str, Any]:
+        """The settings of the checkpoint. Raises ValueError where there is none."""
+        found: dict[str, Any] = read_metadata(self.checkpoint)["settings"]
+        return found
+
     def expect_checkpoint(self) -> None:
         """Raises ValueError where there is none to resume."""
         if not self.checkpoint.exists():
@@ -85,7 +90,9 @@ def read_settings(folder: Folder) -> tuple[Config, int]:
         state = read_metadata(folder.checkpoint)
         return Config.from_json(state["settings"]["config"]), state["progress"]["iteration"]
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"checkpoint: expected a checkpoint of the demo in {folder.path} ({error})") from error
+        raise ValueError(
+            f"checkpoint: expected a checkpoint of metafast demo or train in {folder.path} ({error})"
+        ) from error
 
 
 def check_resumable(folder: Folder, config: Config) -> None:
@@ -95,12 +102,13 @@ def check_resumable(folder: Folder, config: Config) -> None:
 
 
 def load_model(folder: Folder, model: nn.Module) -> None:
-    """Fills ``model`` with a checkpoint's parameters.
+    """Fills ``model`` with a checkpoint's parameters, with validation those of the best evaluation.
 
     Raises:
         ValueError: the checkpoint cannot be read, or it is of another architecture; the message says what differs.
     """
-    state = read_checkpoint(folder.checkpoint)["meta"]
+    checkpoint = read_checkpoint(folder.checkpoint)
+    state = checkpoint.get("best") or checkpoint["meta"]
     found = {name.removeprefix(_MODEL): value for name, value in state.items() if name.startswith(_MODEL)}
     check_state(model, found, folder.path)
     model.load_state_dict(found)
