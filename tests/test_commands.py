@@ -75,7 +75,7 @@ def test_resuming_a_finished_run_changes_nothing(trained, capsys):
         ),
         (
             ["train", "FILE", "--ways", "2", "--shots", "9"],
-            "shots + queries: expected at least 9 + 10 examples of every class; 'a' has 9",
+            "shots + queries: expected at least 9 + 5 examples of every class; 'a' has 9",
         ),
         (["train", "FILE", "--ways", "0"], "ways: expected at least 1, got 0"),
         (["train", "FILE", *SMALL], "folder: expected no earlier training, got one in"),

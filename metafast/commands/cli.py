@@ -11,7 +11,7 @@ from metafast.backend import BackendUnavailableError
 from metafast.demo.config import ALGORITHMS, Config
 from metafast.demo.files import Folder
 
-_DEFAULTS = Config(iterations=300, max_length=64, outer_lr=2e-3, backend="auto")
+_DEFAULTS = Config(iterations=200, queries=5, tasks=4, max_length=48, outer_lr=2e-3, backend="auto")
 _HELP = {
     "ways": "classes per task",
     "shots": "texts per class to learn from",

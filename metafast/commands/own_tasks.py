@@ -19,7 +19,10 @@ HELD_OUT = 0.2
 # Validation and test draw other episodes than training.
 VALIDATION_SEED, TEST_SEED = 1_000_003, 1_000_001
 MAX_NORM = 1.0
-CHECKS = 20
+# Validations in all, and tasks of each.
+CHECKS, CHECK_EPISODES = 10, 40
+# Meta-steps from which recording pays.
+RECORDED = 50
 
 
 def held_out(examples: Examples, config: Config) -> Split:
@@ -66,15 +69,20 @@ def train(
     model = config.model()
     optimizer = torch.optim.Adam(model.parameters(), config.outer_lr)
     settings: dict[str, Any] = {"config": config.to_json(), "test": list(parts.test)}
+    meta = config.learner(model)
+    # All texts have one length. Recording a step takes as long as some steps.
+    meta.capture = config.iterations >= RECORDED
     return fit(
-        config.learner(model),
+        meta,
         training,
         optimizer,
         iterations=config.iterations,
         tasks_per_step=config.tasks,
         scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.iterations),
         clip_norm=MAX_NORM,
-        validation=Validation(validation, every=max(1, config.iterations // CHECKS), episodes=40, monitor="accuracy"),
+        validation=Validation(
+            validation, every=max(1, config.iterations // CHECKS), episodes=CHECK_EPISODES, monitor="accuracy"
+        ),
         folder=folder.path,
         resume=resume,
         settings=settings,
