@@ -223,6 +223,9 @@ def test_refusals(tmp_path):
         train(meta, folder)
     with pytest.raises(ValueError, match=r"resume: expected the settings of .*: shots is 2, asked for is 1"):
         train(meta, folder, resume=True, settings={"shots": 1})
+    train(meta, tmp_path / "nested", iterations=1, settings={"config": {"shots": 2, "ways": 3}})
+    with pytest.raises(ValueError, match=r"nested: shots is 2, asked for is 1$"):
+        train(meta, tmp_path / "nested", resume=True, settings={"config": {"shots": 1, "ways": 3}})
     with pytest.raises(ValueError, match="algorithm is MAML, asked for is Reptile; shots is 2, asked for is None"):
         train(learner("reptile"), folder, resume=True)
     other = metafast.MAML(model(5), classification_loss, inner=SGD)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -276,14 +276,18 @@ class _Run:
 
 def check_settings(path: Path, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
     """Raises ValueError where a checkpoint is of other settings; the message says which."""
-    names = [*ours, *(name for name in theirs if name not in ours)]
-    differences = [
-        f"{name} is {theirs.get(name)}, asked for is {ours.get(name)}"
-        for name in names
-        if ours.get(name) != theirs.get(name)
-    ]
+    differences = list(_differences(ours, theirs))
     if differences:
         raise ValueError(f"resume: expected the settings of the checkpoint in {path.parent}: " + "; ".join(differences))
+
+
+def _differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[str]:
+    for name in [*ours, *(name for name in theirs if name not in ours)]:
+        asked, found = ours.get(name), theirs.get(name)
+        if isinstance(asked, Mapping) and isinstance(found, Mapping):
+            yield from _differences(asked, found)
+        elif asked != found:
+            yield f"{name} is {found}, asked for is {asked}"
 
 
 def _check(meta: Any, tasks: Any, optimizer: Any, folder: str | Path | None, resume: bool, tensorboard: bool) -> None:
