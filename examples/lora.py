@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Sequence
 
 import peft
 import torch
@@ -23,29 +24,33 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
 import metafast
-from metafast.tasks import cldr, text
+from metafast.tasks import FewShot, cldr
+from metafast.tasks.text import Batch, encode
+from metafast.training import evaluate, fit
 
 WAYS, SHOTS, QUERIES, LENGTH = 5, 5, 10, 24
 # On which accuracies are measured.
 TASKS = 100
 
 
-def inputs(batch: text.Batch) -> dict[str, Tensor]:
+def inputs(batch: Batch) -> dict[str, Tensor]:
     """The arguments of a model of transformers. Bytes are its tokens, and the byte 0 is padding."""
     return {"input_ids": batch["text"], "attention_mask": (batch["text"] != 0).long()}
 
 
-def loss_fn(model: nn.Module, batch: text.Batch) -> Tensor:
-    """Cross-entropy of one task."""
-    return F.cross_entropy(model(**inputs(batch)).logits, batch["label"])
+def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """Cross-entropy of one task, and its accuracy."""
+    logits = model(**inputs(batch)).logits
+    accuracy = (logits.argmax(-1) == batch["label"]).float().mean()
+    return F.cross_entropy(logits, batch["label"]), {"accuracy": accuracy}
 
 
 def pretrained(iterations: int, generator: torch.Generator) -> BertForSequenceClassification:
     """A BERT that was trained to name the training languages."""
-    names = text.LabelledText(cldr.select(cldr.split().training), LENGTH)
+    names = [encode(of_language, LENGTH) for of_language in cldr.select(cldr.split().training).values()]
     config = BertConfig(
         vocab_size=256, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128,
-        max_position_embeddings=LENGTH, num_labels=len(names.labels), initializer_range=0.1,
+        max_position_embeddings=LENGTH, num_labels=len(names), initializer_range=0.1,
         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     config._attn_implementation = "metafast"
@@ -53,9 +58,10 @@ def pretrained(iterations: int, generator: torch.Generator) -> BertForSequenceCl
     optimizer = torch.optim.Adam(model.parameters(), 2e-3)
     for _ in range(iterations):
         # One name of each language.
-        drawn = [of[torch.randint(len(of), (), generator=generator)] for of in names.encoded]
+        drawn = [of[torch.randint(len(of), (), generator=generator)] for of in names]
         optimizer.zero_grad()
-        loss_fn(model, {"text": torch.stack(drawn).long(), "label": torch.arange(len(drawn))}).backward()
+        loss, _ = loss_fn(model, {"text": torch.stack(drawn).long(), "label": torch.arange(len(drawn))})
+        loss.backward()
         optimizer.step()
     return model
 
@@ -72,26 +78,23 @@ def learner(model: nn.Module) -> metafast.MAML:
     return metafast.MAML(model, loss_fn, inner=metafast.inner.SGD(lr=0.1), steps=3)
 
 
-def train(meta: metafast.MAML, iterations: int, generator: torch.Generator) -> None:
+def episodes(languages: Sequence[str], seed: int) -> FewShot:
+    """Tasks among some languages, all texts padded to one length, so that a captured step is recorded once."""
+    sizes = {"ways": WAYS, "shots": SHOTS, "queries": QUERIES, "max_length": LENGTH, "multiple": LENGTH}
+    return FewShot(cldr.select(languages), **sizes, seed=seed)
+
+
+def train(meta: metafast.MAML, iterations: int, seed: int) -> None:
     """Meta-trains on tasks of the training languages."""
-    names = text.LabelledText(cldr.select(cldr.split().training), LENGTH)
     optimizer = torch.optim.Adam([p for p in meta.parameters() if p.requires_grad], 3e-3)
     meta.capture = True
-    for _ in range(iterations):
-        support, query = names.sample(4, WAYS, SHOTS, QUERIES, generator)
-        optimizer.zero_grad()
-        meta(support, query).backward()
-        optimizer.step()
+    fit(meta, episodes(cldr.split().training, seed), optimizer, iterations=iterations)
 
 
-def accuracy(meta: metafast.MAML, steps: int, generator: torch.Generator) -> float:
-    """Accuracy on tasks of the test languages after some steps on the support set."""
-    names = text.LabelledText(cldr.select(cldr.split().test), LENGTH)
-    support, query = names.sample(TASKS, WAYS, SHOTS, QUERIES, generator)
-    # Recording would take longer than adapting once.
-    meta.capture = False
-    logits = meta.adapt(support, steps)(**inputs(query)).logits
-    return (logits.argmax(-1) == query["label"]).float().mean().item()
+def accuracies(meta: metafast.MAML, steps: Sequence[int], seed: int) -> list[float]:
+    """Accuracies on tasks of the test languages after some numbers of steps on the support set."""
+    found = evaluate(meta, episodes(cldr.split().test, seed), TASKS, steps=steps)
+    return [found.interval("accuracy", count).mean for count in steps]
 
 
 def main() -> None:
@@ -112,8 +115,9 @@ def main() -> None:
     print(f"{'steps':<24}{0:>6}{3:>6}{10:>6}")
     meta = learner(model)
     for label, iterations in (("a new adapter", 0), ("meta-trained by MAML", options.iterations)):
-        train(meta, iterations, generator)
-        found = [accuracy(meta, steps, torch.Generator().manual_seed(options.seed)) for steps in (0, 3, 10)]
+        if iterations:
+            train(meta, iterations, options.seed)
+        found = accuracies(meta, (0, 3, 10), options.seed)
         print(f"{label:<24}" + "".join(f"{value:>6.2f}" for value in found), flush=True)
     print(f"all of it: {time.perf_counter() - started:.0f} s")
 

@@ -47,6 +47,6 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # Imported when they are asked for.
-    if name in ("compat", "integrations", "models", "tasks"):
+    if name in ("compat", "integrations", "models", "tasks", "training"):
         return importlib.import_module(f"metafast.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""``python -m metafast info | demo | adapt | check | bench``."""
+"""``python -m metafast info | demo | train | evaluate | adapt | check | bench``."""
 
 from __future__ import annotations
 
@@ -29,6 +29,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cli.add_adapt(
         commands.add_parser("adapt", help="adapt a trained checkpoint to other languages or to your own data")
     )
+
+    from metafast.commands import cli as own
+
+    own.add_train(commands.add_parser("train", help="meta-train a few-shot classifier on your own labelled texts"))
+    own.add_evaluate(commands.add_parser("evaluate", help="its accuracy on classes that it was not trained on"))
 
     check = commands.add_parser("check", help="compare the fused path with the reference in float64")
     check.set_defaults(run=_check)

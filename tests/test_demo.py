@@ -14,16 +14,16 @@ import torch
 
 import metafast
 from metafast.__main__ import main
-from metafast.demo import training
 from metafast.demo.adapt import adapt
 from metafast.demo.baseline import with_new_head
 from metafast.demo.config import Config
 from metafast.demo.data import Languages
 from metafast.demo.evaluation import accuracy_after
-from metafast.demo.files import Folder, Progress, load_model, read_settings, save
+from metafast.demo.files import Folder, load_model, read_settings
 from metafast.demo.run import Effort, run
-from metafast.demo.training import start, train
-from metafast.tasks.text import LabelledText
+from metafast.demo.training import train
+from metafast.training import loop
+from metafast.training.checkpoint import write_checkpoint
 
 TINY = {
     "ways": 3,
@@ -50,8 +50,7 @@ def texts() -> dict[str, list[str]]:
 
 @pytest.fixture(scope="module")
 def languages(texts) -> Languages:
-    names = LabelledText(texts, TINY["max_length"])
-    return Languages(names, names, names, names, names)
+    return Languages(texts, texts, texts, texts, texts)
 
 
 @pytest.fixture
@@ -108,7 +107,7 @@ def test_backends_agree(tmp_path, languages):
 
 def interrupt_after(monkeypatch, steps):
     """Ctrl-C in the middle of a step."""
-    real, taken = training._step, []
+    real, taken = loop._Run.step, []
 
     def step(*args):
         taken.append(1)
@@ -116,7 +115,7 @@ def interrupt_after(monkeypatch, steps):
             signal.raise_signal(signal.SIGINT)
         return real(*args)
 
-    monkeypatch.setattr(training, "_step", step)
+    monkeypatch.setattr(loop._Run, "step", step)
 
 
 def test_interrupted_and_resumed_is_the_same_run(tmp_path, languages, monkeypatch):
@@ -126,7 +125,7 @@ def test_interrupted_and_resumed_is_the_same_run(tmp_path, languages, monkeypatc
         interrupt_after(patched, 4)
         with pytest.raises(KeyboardInterrupt):
             run_tiny(parts, languages)
-    assert read_settings(parts)[1]["iteration"] == 4
+    assert read_settings(parts)[1] == 4
     with parts.log.open("a") as file:  # as if it had been killed two steps after its last checkpoint
         file.write('{"iteration": 5}\n{"iteration": 6}\n')
     run_tiny(parts, languages, resume=True)
@@ -139,8 +138,8 @@ def test_interrupted_and_resumed_is_the_same_run(tmp_path, languages, monkeypatc
 
 
 def test_a_failure_in_training_leaves_the_last_checkpoint(folder, languages, monkeypatch):
-    monkeypatch.setattr(training, "SAVE_EVERY", 2)
-    real, taken = training._step, []
+    monkeypatch.setattr("metafast.demo.training.SAVE_EVERY", 2)
+    real, taken = loop._Run.step, []
 
     def step(*args):
         taken.append(1)
@@ -148,10 +147,10 @@ def test_a_failure_in_training_leaves_the_last_checkpoint(folder, languages, mon
             raise FloatingPointError("a loss")
         return real(*args)
 
-    monkeypatch.setattr(training, "_step", step)
+    monkeypatch.setattr(loop._Run, "step", step)
     with pytest.raises(FloatingPointError):
         run_tiny(folder, languages)
-    assert read_settings(folder)[1]["iteration"] == 2
+    assert read_settings(folder)[1] == 2
     assert not folder.result.exists()
 
 
@@ -183,30 +182,22 @@ def test_resuming_with_other_settings_says_which(folder, languages):
 
 def test_a_checkpoint_of_another_architecture(folder):
     small, large = config(), config(width=16)
-    model = large.model()
-    optimizer = torch.optim.Adam(model.parameters())
     folder.path.mkdir()
-    save(folder, small, Progress(model, optimizer, torch.Generator()))
+    untrained_checkpoint(folder, large)
     with pytest.raises(ValueError, match=r"tokens.weight has shape \[256, 16\], the model's \[256, 8\]"):
         load_model(folder, small.model())
     with pytest.raises(ValueError, match=r"layers\.1.* is missing"):
         load_model(folder, config(width=16, layers=2).model())
-    settings = json.loads(folder.settings.read_text())
-    folder.settings.write_text(json.dumps({**settings, "iteration": 3}))
-    with pytest.raises(ValueError, match=r"expected tensors of iteration 3 in .* got those of 0"):
-        load_model(folder, large.model())
-    folder.tensors.write_bytes(b"not tensors")
-    with pytest.raises(ValueError, match="checkpoint: expected tensors in"):
+    folder.checkpoint.write_bytes(b"not tensors")
+    with pytest.raises(ValueError, match="checkpoint: expected a checkpoint of"):
         load_model(folder, small.model())
 
 
 def test_training_learns(languages, folder):
     settings = config(iterations=30, width=16, outer_lr=0.02)
-    folder.path.mkdir()
-    progress = start(settings, folder, resume=False)
-    train(settings, languages, folder, progress, quiet=True)
+    trained = train(settings, languages, folder, quiet=True)
     rates = {0: settings.inner_lr, 2: settings.inner_lr}
-    found = accuracy_after(progress.model, rates, settings, languages.test, 30, seed=1)
+    found = accuracy_after(trained.model, rates, settings, languages.test, 30, seed=1)
     assert abs(found[0].mean - 1 / 3) < 0.1
     assert found[2].mean > 0.8
 
@@ -215,7 +206,7 @@ def test_accuracy_is_the_same_for_the_same_seed_and_has_an_interval(languages):
     settings = config()
     arguments = (settings.model(), {1: 0.1}, settings, languages.test, 25)
     assert accuracy_after(*arguments, seed=3) == accuracy_after(*arguments, seed=3)
-    assert accuracy_after(*arguments, seed=3)[1].episodes == 25
+    assert accuracy_after(*arguments, seed=3)[1].tasks == 25
 
 
 def test_the_baseline_keeps_its_body_under_a_new_head():
@@ -259,7 +250,7 @@ def test_adapt_refuses(trained, texts):
         adapt(trained, {label: texts[label] for label in ("abcd", "efgh")}, shots=16)
     with pytest.raises(ValueError, match="shots, steps: expected at least 1 and 0, got 0 and 10"):
         adapt(trained, {label: texts[label] for label in ("abcd", "efgh")}, shots=0)
-    with pytest.raises(ValueError, match="checkpoint: expected a checkpoint of the demo in"):
+    with pytest.raises(ValueError, match="checkpoint: expected a checkpoint of metafast demo or train in"):
         adapt(Folder(trained.path / "nowhere"), {"a": ["b"], "c": ["d"]})
 
 
@@ -287,10 +278,16 @@ def test_demo_command_refuses(tmp_path, capsys):
         main(["demo", "--algorithm", "sgd"])
 
 
+def untrained_checkpoint(folder, settings):
+    meta = settings.learner(settings.model())
+    state = {"settings": {"config": settings.to_json()}, "progress": {"iteration": 0}, "meta": meta.state_dict()}
+    write_checkpoint(folder.checkpoint, state)
+
+
 def untrained(folder, settings):
     """A folder as a run of no step leaves it."""
     folder.path.mkdir()
-    save(folder, settings, start(settings, folder, resume=False))
+    untrained_checkpoint(folder, settings)
     folder.result.write_text("{}")
 
 
@@ -321,12 +318,12 @@ WRONG = [
     ("options", "message"), WRONG, ids=lambda value: " ".join(value) if type(value) is list else ""
 )
 def test_wrong_options_leave_an_earlier_run_alone(folder, languages, texts, monkeypatch, capsys, options, message):
-    fewer = LabelledText({name: texts[name] for name in list(texts)[:3]}, TINY["max_length"])
+    fewer = {name: texts[name] for name in list(texts)[:3]}
     languages = dataclasses.replace(languages, test_latin=fewer)
     settings = config(backend="reference", tasks=Config().tasks, queries=Config().queries)
     untrained(folder, settings)
     before = contents(folder.path)
-    monkeypatch.setattr(Languages, "load", lambda length: languages)
+    monkeypatch.setattr(Languages, "load", lambda: languages)
     monkeypatch.setattr("metafast.backend.extension_problem", lambda: "no extension here")
     given = {"--ways": "3", "--shots": "2", "--steps": "2", "--iterations": "6", "--backend": "reference"}
     command = [part for name, value in given.items() if name not in options for part in (name, value)]

@@ -1,4 +1,4 @@
-"""Languages and episodes."""
+"""Languages, and texts as bytes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from metafast.tasks import cldr
-from metafast.tasks.text import LabelledText, encode, read_csv
+from metafast.tasks.text import encode
 
 pytest.importorskip("babel", reason="Babel is not installed")
 
@@ -73,73 +73,3 @@ def test_encoding():
             encode([text], 3)
     with pytest.raises(ValueError, match="max_length: expected a positive number, got 0"):
         encode(["a"], 0)
-
-
-TEXTS = {label: [label + digit for digit in "0123456789"] for label in "abcde"}
-
-
-def test_episodes(generator):
-    support, query = LabelledText(TEXTS, 4).sample(7, 3, 2, 4, generator)
-    assert support["text"].shape == (7, 6, 4)
-    assert query["text"].shape == (7, 12, 4)
-    for t in range(7):
-        letters = {}
-        for batch, count in ((support, 2), (query, 4)):
-            assert batch["label"][t].bincount().tolist() == [count] * 3
-            for text, label in zip(batch["text"][t].tolist(), batch["label"][t].tolist(), strict=True):
-                assert letters.setdefault(label, text[0]) == text[0]  # a label is one letter throughout an episode
-        assert len(set(letters.values())) == 3
-        texts = [tuple(text) for batch in (support, query) for text in batch["text"][t].tolist()]
-        assert len(set(texts)) == len(texts)
-    first_ways = {support["text"][t, 0, 0].item() for t in range(7)}
-    assert len(first_ways) > 1  # which label a letter gets is drawn anew
-
-
-def test_episodes_depend_on_their_generator_alone():
-    names = LabelledText(TEXTS, 4)
-    drawn = []
-    for global_seed in (1, 2):
-        torch.manual_seed(global_seed)
-        drawn.append(names.sample(2, 3, 2, 2, torch.Generator().manual_seed(0))[0]["text"])
-    assert torch.equal(*drawn)
-
-
-@pytest.mark.parametrize(
-    ("numbers", "message"),
-    [
-        ((0, 3, 2, 2), "tasks: expected a positive number, got 0"),
-        ((1, 6, 2, 2), "ways: expected at most 5, the number of labels, got 6"),
-        ((1, 3, 9, 2), r"shots \+ queries: label 'a' has 10 texts, got 9 \+ 2"),
-    ],
-)
-def test_bad_episodes(numbers, message, generator):
-    with pytest.raises(ValueError, match=message):
-        LabelledText(TEXTS, 4).sample(*numbers, generator)
-
-
-def test_no_labels():
-    with pytest.raises(ValueError, match="texts: expected at least one label"):
-        LabelledText({}, 4)
-
-
-def test_csv(tmp_path):
-    path = tmp_path / "names.csv"
-    path.write_text("text,other,label\na b,1,x\nc,2,y\na b,3,x\n", encoding="utf-8-sig")
-    assert read_csv(path) == {"x": ["a b"], "y": ["c"]}
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"text,kind\na,b\n", "expected columns text and label; label missing, found text, kind"),
-        (b"", "expected columns text and label; text and label missing, found none"),
-        (b"text,label\na,\n", "line 2: expected a text and a label"),
-        (b"text,label\n", "expected at least one row, got none"),
-        (b"text,label\n\xff,b\n", "expected UTF-8 text"),
-    ],
-)
-def test_bad_csv(tmp_path, content, message):
-    path = tmp_path / "names.csv"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        read_csv(path)

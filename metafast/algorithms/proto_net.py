@@ -36,7 +36,7 @@ class ProtoNet(MetaLearner):
         ways: number of classes; labels count from 0.
         inputs, labels: functions of a task's support set: ``inputs(batch)`` gives the model's input, ``labels(batch)`` the
             classes ``[n]``. Without them, batches are pairs ``(inputs, labels)``, or dicts of inputs and ``"label"`` or
-            ``"labels"``.
+            ``"labels"``; of several inputs the model gets the dict.
         options: as for :class:`metafast.MetaLearner`. There are no steps to checkpoint.
     """
 

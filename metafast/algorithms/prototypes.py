@@ -14,11 +14,11 @@ Part: TypeAlias = Callable[[Any], Any]
 
 
 def inputs_of(batch: Any) -> Any:
-    """The inputs of a pair ``(inputs, labels)`` or of a dict of inputs and ``"label"`` or ``"labels"``."""
-    if isinstance(batch, Mapping):
-        (name,) = (key for key in batch if key != _label_key(batch))
-        return batch[name]
-    return _pair(batch)[0]
+    """The first of a pair ``(inputs, labels)``; a dict without its ``"label"`` or ``"labels"``, or its only other entry."""
+    if not isinstance(batch, Mapping):
+        return _pair(batch)[0]
+    inputs = {name: value for name, value in batch.items() if name != _label_key(batch)}
+    return next(iter(inputs.values())) if len(inputs) == 1 else inputs
 
 
 def labels_of(batch: Any) -> Tensor:
@@ -28,7 +28,7 @@ def labels_of(batch: Any) -> Tensor:
 
 def _label_key(batch: Mapping[str, Any]) -> str:
     found = [key for key in ("label", "labels") if key in batch]
-    if len(found) != 1 or len(batch) != 2:
+    if len(found) != 1 or len(batch) < 2:
         raise ValueError(
             "batch: expected inputs and 'label' or 'labels', or else the arguments inputs and labels that say what is "
             f"what; got {', '.join(map(repr, batch))}"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import csv
+import io
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -70,6 +72,15 @@ def adapt(
             logits = meta.adapt(support, steps=count)(query)[0, :, : len(labels)]
             predictions.append([labels[i] for i in logits.argmax(-1)])
     return [Example(text, label, *found) for (text, label), *found in zip(asked, *predictions, strict=True)]
+
+
+def to_csv(examples: list[Example]) -> str:
+    """A line per example: the text, its label, the predictions before and after adaptation."""
+    lines = io.StringIO()
+    writer = csv.writer(lines, lineterminator="\n")
+    writer.writerow([field.name for field in fields(Example)])
+    writer.writerows([example.text, example.label, example.before, example.after] for example in examples)
+    return lines.getvalue()
 
 
 def table(examples: list[Example], show: int) -> str:

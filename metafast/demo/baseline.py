@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from metafast.demo.config import Config
+from metafast.demo.data import Names
 from metafast.demo.evaluation import STEPS, accuracy_after
-from metafast.tasks.text import LabelledText
+from metafast.tasks.text import encode
 
 BATCH = 128
 LEARNING_RATE = 1e-3
@@ -19,7 +20,7 @@ LEARNING_RATE = 1e-3
 FINE_TUNING_RATES = (0.02, 0.05, 0.1, 0.2)
 
 
-def pretrain(config: Config, names: LabelledText, seconds: float, quiet: bool = False) -> nn.Module:
+def pretrain(config: Config, names: Names, seconds: float, quiet: bool = False) -> nn.Module:
     """The demo's network with a class for each training language, trained for ``seconds`` by cross-entropy.
 
     Returns:
@@ -27,9 +28,9 @@ def pretrain(config: Config, names: LabelledText, seconds: float, quiet: bool = 
     """
     from tqdm import tqdm
 
-    model = config.model(classes=len(names.labels))
-    texts = torch.cat(names.encoded).long()
-    labels = torch.cat([torch.full((len(texts),), index) for index, texts in enumerate(names.encoded)])
+    model = config.model(classes=len(names))
+    texts = torch.cat([encode(of_language, config.max_length) for of_language in names.values()]).long()
+    labels = torch.cat([torch.full((len(of),), index) for index, of in enumerate(names.values())])
     optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE)
     generator = torch.Generator().manual_seed(config.seed)
     start = last = time.perf_counter()
@@ -62,9 +63,7 @@ def with_new_head(config: Config, model: nn.Module) -> nn.Module:
     return fresh
 
 
-def search_learning_rates(
-    model: nn.Module, config: Config, names: LabelledText, episodes: int, seed: int
-) -> dict[int, float]:
+def search_learning_rates(model: nn.Module, config: Config, names: Names, episodes: int, seed: int) -> dict[int, float]:
     """The fine-tuning rate that is best on ``names``, for each number of steps."""
     found = {
         lr: accuracy_after(model, dict.fromkeys(STEPS, lr), config, names, episodes, seed) for lr in FINE_TUNING_RATES

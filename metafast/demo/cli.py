@@ -44,9 +44,14 @@ def add_adapt(parser: argparse.ArgumentParser) -> None:
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--languages", help="codes with commas between, such as ka,hy,eo,cy,br")
-    source.add_argument("--file", type=Path, help="a CSV file with the columns text and label")
+    source.add_argument(
+        "--file", type=Path, help="a file with the columns text and label: CSV, TSV, JSON or JSON lines"
+    )
     parser.add_argument("--shots", type=int, help="texts per label to learn from (default: as in the checkpoint)")
     parser.add_argument("--steps", type=int, default=10, help="inner steps of the adaptation (default: %(default)s)")
+    parser.add_argument(
+        "--predictions", type=Path, help="a CSV file to write with every text, its label and predictions"
+    )
     parser.add_argument("--show", type=int, default=5, help="examples to print per label (default: %(default)s)")
     parser.add_argument(
         "--seed", type=int, default=0, help="seed of the draw of the texts to learn from (default: %(default)s)"
@@ -72,26 +77,27 @@ def _demo(options: argparse.Namespace) -> int:
         )
         return 130
     print("\n" + results.table(config))
-    print(
-        f"\nwritten to {folder.path}: {', '.join(p.name for p in (folder.result, folder.log, folder.tensors, folder.plot))}"
-    )
+    files = (folder.result, folder.log, folder.checkpoint, folder.plot)
+    print(f"\nwritten to {folder.path}: {', '.join(path.name for path in files)}")
     return 0
 
 
 def _adapt(options: argparse.Namespace) -> int:
-    from metafast.demo.adapt import adapt, table
-    from metafast.tasks import cldr
-    from metafast.tasks.text import read_csv
+    from metafast.demo.adapt import adapt, table, to_csv
+    from metafast.tasks import cldr, read_examples
+    from metafast.training.checkpoint import write
 
     try:
         if options.show < 0:
             raise ValueError(f"show: expected at least 0, got {options.show}")
         if options.file is not None:
-            texts = read_csv(options.file)
+            texts = {label: list(of_label) for label, of_label in read_examples(options.file).items()}
         else:
             chosen = cldr.select(options.languages.split(","), "languages")
             texts = {f"{cldr.english_name(code)} ({code})": list(names) for code, names in chosen.items()}
         examples = adapt(Folder(options.checkpoint), texts, shots=options.shots, steps=options.steps, seed=options.seed)
+        if options.predictions is not None:
+            write(options.predictions, to_csv(examples).encode())
     except (ValueError, OSError, ImportError) as error:
         print(f"metafast adapt: {error}", file=sys.stderr)
         return 1

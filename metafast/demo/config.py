@@ -6,14 +6,13 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from metafast import inner
 from metafast.algorithms import MAML, Reptile
 from metafast.algorithms.learner import MetaLearner
 from metafast.models import EncoderClassifier
-from metafast.tasks.text import Batch
+from metafast.training import classification_loss
 
 ALGORITHMS = ("maml", "fomaml", "reptile")
 
@@ -92,18 +91,13 @@ class Config:
         """The algorithm of these settings on ``model``."""
         rule = inner.SGD(lr=self.inner_lr if inner_lr is None else inner_lr)
         if self.algorithm == "reptile":
-            return Reptile(model, loss_fn, inner=rule, steps=self.steps)
-        return MAML(model, loss_fn, inner=rule, steps=self.steps, order=1 if self.algorithm == "fomaml" else 2)
+            return Reptile(model, classification_loss, inner=rule, steps=self.steps)
+        return MAML(
+            model, classification_loss, inner=rule, steps=self.steps, order=1 if self.algorithm == "fomaml" else 2
+        )
 
 
 def check_seed(seed: int) -> None:
     """Raises ValueError where torch's generators do not accept the seed."""
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed: expected a number from -2**63 to 2**64 - 1, got {seed}")
-
-
-def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    """Cross-entropy of one episode, and its accuracy."""
-    logits = model(batch["text"])
-    accuracy = (logits.argmax(-1) == batch["label"]).float().mean()
-    return F.cross_entropy(logits, batch["label"]), {"accuracy": accuracy}

@@ -2,42 +2,20 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-
-import torch
 from torch import nn
 
 from metafast import inner
 from metafast.algorithms import MAML
-from metafast.demo.config import Config, loss_fn
-from metafast.tasks.text import LabelledText
+from metafast.demo.config import Config
+from metafast.demo.data import Names, few_shot
+from metafast.training import Interval, classification_loss, evaluate
 
 STEPS = (0, 1, 3, 10)
-# Episodes adapted side by side.
-CHUNK = 20
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """Mean over episodes, and half of the 95 % interval of that mean (normal approximation)."""
-
-    mean: float
-    half_width: float
-    episodes: int
-
-    def __str__(self) -> str:
-        return f"{self.mean:.3f} ± {self.half_width:.3f}"
 
 
 def accuracy_after(
-    model: nn.Module,
-    learning_rates: dict[int, float],
-    config: Config,
-    names: LabelledText,
-    episodes: int,
-    seed: int,
-) -> dict[int, Accuracy]:
+    model: nn.Module, learning_rates: dict[int, float], config: Config, names: Names, episodes: int, seed: int
+) -> dict[int, Interval]:
     """Accuracy after several numbers of inner steps, each with its learning rate. A seed always gives the same episodes.
 
     Args:
@@ -48,19 +26,11 @@ def accuracy_after(
         episodes: how many are drawn.
         seed: seed of the draw.
     """
-    found: dict[int, list[torch.Tensor]] = {steps: [] for steps in learning_rates}
-    learners = {lr: MAML(model, loss_fn, inner=inner.SGD(lr=lr)) for lr in set(learning_rates.values())}
-    generator = torch.Generator().manual_seed(seed)
-    for first in range(0, episodes, CHUNK):
-        tasks = min(CHUNK, episodes - first)
-        support, query = names.sample(tasks, config.ways, config.shots, config.queries, generator)
-        for steps, lr in learning_rates.items():
-            with torch.no_grad():
-                logits = learners[lr].adapt(support, steps=steps)(query["text"])
-            found[steps].append((logits.argmax(-1) == query["label"]).double().mean(1))
-    return {steps: _summary(torch.cat(values)) for steps, values in found.items()}
-
-
-def _summary(values: torch.Tensor) -> Accuracy:
-    spread = values.std().item() if len(values) > 1 else math.nan
-    return Accuracy(values.mean().item(), 1.96 * spread / math.sqrt(len(values)), len(values))
+    tasks = few_shot(config, names, seed)
+    found: dict[int, Interval] = {}
+    for lr in set(learning_rates.values()):
+        meta = MAML(model, classification_loss, inner=inner.SGD(lr=lr))
+        chosen = [steps for steps, of_steps in learning_rates.items() if of_steps == lr]
+        result = evaluate(meta, tasks, episodes, steps=chosen)
+        found |= {steps: result.interval("accuracy", steps) for steps in chosen}
+    return {steps: found[steps] for steps in learning_rates}

@@ -1,42 +1,35 @@
-"""The files of a run: written whole or not at all."""
+"""The files of a run."""
 
 from __future__ import annotations
 
 import itertools
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from metafast.demo.config import Config
+from metafast.training.checkpoint import check_state, read_checkpoint, read_metadata, write
+from metafast.training.loop import CHECKPOINT, LOG, check_settings
 
-_PARAMETER = "model."
-_OPTIMIZER = "optimizer."
-_GENERATOR = "episodes"
-_ITERATION = "iteration"
+_MODEL = "model."
 
 
 @dataclass(frozen=True)
 class Folder:
-    """A run's folder: ``checkpoint.safetensors`` and ``.json``, ``metrics.jsonl``, ``metrics.json``, ``accuracy.png``."""
+    """A run's folder: ``checkpoint.safetensors``, ``metrics.jsonl``, ``metrics.json``, ``accuracy.png``."""
 
     path: Path
 
     @property
-    def tensors(self) -> Path:
-        return self.path / "checkpoint.safetensors"
-
-    @property
-    def settings(self) -> Path:
-        return self.path / "checkpoint.json"
+    def checkpoint(self) -> Path:
+        return self.path / CHECKPOINT
 
     @property
     def log(self) -> Path:
-        return self.path / "metrics.jsonl"
+        return self.path / LOG
 
     @property
     def result(self) -> Path:
@@ -46,9 +39,14 @@ class Folder:
     def plot(self) -> Path:
         return self.path / "accuracy.png"
 
+    def settings(self) -> dict[str, Any]:
+        """The settings of the checkpoint. Raises ValueError where there is none."""
+        found: dict[str, Any] = read_metadata(self.checkpoint)["settings"]
+        return found
+
     def expect_checkpoint(self) -> None:
         """Raises ValueError where there is none to resume."""
-        if not self.settings.exists():
+        if not self.checkpoint.exists():
             raise ValueError(f"resume: expected a checkpoint in {self.path}, found none")
 
     def prepare(self, resume: bool) -> str | None:
@@ -67,7 +65,7 @@ class Folder:
             probe = self.path / ".writable"
             probe.touch()
             probe.unlink()
-            if resume or not (self.settings.exists() or self.result.exists()):
+            if resume or not (self.checkpoint.exists() or self.result.exists()):
                 return None
             names = (self.path.with_name(f"{self.path.name}.previous-{number}") for number in itertools.count(1))
             moved = next(path for path in names if not path.exists())
@@ -78,136 +76,39 @@ class Folder:
         return str(moved)
 
 
-@dataclass
-class Progress:
-    """The state of a training: everything that its next step depends on, besides the settings."""
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    episodes: torch.Generator
-    iteration: int = 0
-    seconds: float = 0.0
-
-
-def write(path: Path, data: bytes) -> None:
-    """Replaces a file at once: a reader finds the old one or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(data)
-    os.replace(partial, path)
-
-
 def write_json(path: Path, value: Any) -> None:
     write(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def save(folder: Folder, config: Config, progress: Progress) -> None:
-    """Writes a checkpoint. The settings come last and name the iteration: a pair that disagrees is recognised."""
-    from safetensors.torch import save as to_bytes
-
-    from metafast.version import __version__
-
-    tensors = {_PARAMETER + name: value for name, value in progress.model.state_dict().items()}
-    for index, state in progress.optimizer.state_dict()["state"].items():
-        tensors |= {f"{_OPTIMIZER}{index}.{name}": torch.as_tensor(value) for name, value in state.items()}
-    tensors[_GENERATOR] = progress.episodes.get_state()
-    tensors[_ITERATION] = torch.tensor(progress.iteration)
-    write(folder.tensors, to_bytes({name: value.detach().cpu().contiguous() for name, value in tensors.items()}))
-    write_json(
-        folder.settings,
-        {
-            "config": config.to_json(),
-            "iteration": progress.iteration,
-            "seconds": progress.seconds,
-            "metafast": __version__,
-            "torch": torch.__version__,
-        },
-    )
-
-
-def read_settings(folder: Folder) -> tuple[Config, dict[str, Any]]:
-    """The settings of a checkpoint.
+def read_settings(folder: Folder) -> tuple[Config, int]:
+    """The settings of a checkpoint, and its iteration.
 
     Raises:
-        ValueError: there is no checkpoint in the folder, or its settings cannot be read.
+        ValueError: there is no checkpoint of the demo in the folder.
     """
     try:
-        settings = json.loads(folder.settings.read_text())
-        return Config.from_json(settings["config"]), settings
-    except (OSError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"checkpoint: expected a checkpoint of the demo in {folder.path} ({error})") from error
+        state = read_metadata(folder.checkpoint)
+        return Config.from_json(state["settings"]["config"]), state["progress"]["iteration"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"checkpoint: expected a checkpoint of metafast demo or train in {folder.path} ({error})"
+        ) from error
 
 
-def check_settings(folder: Folder, config: Config) -> dict[str, Any]:
-    """The file of a checkpoint's settings, which are those of ``config``.
+def check_resumable(folder: Folder, config: Config) -> None:
+    """Raises ValueError where the folder's checkpoint is of other settings; the message says what differs."""
+    folder.expect_checkpoint()
+    check_settings(folder.checkpoint, config.to_json(), read_settings(folder)[0].to_json())
+
+
+def load_model(folder: Folder, model: nn.Module) -> None:
+    """Fills ``model`` with a checkpoint's parameters, with validation those of the best evaluation.
 
     Raises:
-        ValueError: they are not; the message says what differs.
+        ValueError: the checkpoint cannot be read, or it is of another architecture; the message says what differs.
     """
-    saved, settings = read_settings(folder)
-    ours, theirs = config.to_json(), saved.to_json()
-    differences = [
-        f"{name} is {theirs[name]}, asked for is {ours[name]}" for name in ours if ours[name] != theirs[name]
-    ]
-    if differences:
-        raise ValueError(f"resume: expected the settings of the checkpoint in {folder.path}: " + "; ".join(differences))
-    return settings
-
-
-def load_model(folder: Folder, model: nn.Module) -> dict[str, Tensor]:
-    """Fills ``model`` with a checkpoint's parameters and returns the checkpoint's other tensors.
-
-    Raises:
-        ValueError: the checkpoint cannot be read, its two files are of different iterations, or it is of another
-            architecture; the message says what differs.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
-    try:
-        tensors = load(folder.tensors.read_bytes())
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"checkpoint: expected tensors in {folder.tensors} ({error})") from error
-    iteration, expected_iteration = (
-        int(tensors.pop(_ITERATION, torch.tensor(-1))),
-        read_settings(folder)[1]["iteration"],
-    )
-    if iteration != expected_iteration:
-        raise ValueError(
-            f"checkpoint: expected tensors of iteration {expected_iteration} in {folder.tensors}, got those of {iteration}"
-        )
-    found = {name.removeprefix(_PARAMETER): tensors.pop(name) for name in list(tensors) if name.startswith(_PARAMETER)}
-    expected = model.state_dict()
-    differences = [
-        *(f"{name} is missing" for name in expected if name not in found),
-        *(f"{name} is not a parameter of the model" for name in found if name not in expected),
-        *(
-            f"{name} has shape {list(found[name].shape)}, the model's {list(expected[name].shape)}"
-            for name in expected
-            if name in found and found[name].shape != expected[name].shape
-        ),
-    ]
-    if differences:
-        raise ValueError(
-            f"checkpoint: expected the parameters of this architecture, got another in {folder.path}: "
-            + "; ".join(differences[:5])
-            + ("" if len(differences) <= 5 else f"; and {len(differences) - 5} more")
-        )
+    checkpoint = read_checkpoint(folder.checkpoint)
+    state = checkpoint.get("best") or checkpoint["meta"]
+    found = {name.removeprefix(_MODEL): value for name, value in state.items() if name.startswith(_MODEL)}
+    check_state(model, found, folder.path)
     model.load_state_dict(found)
-    return tensors
-
-
-def restore(folder: Folder, config: Config, progress: Progress) -> None:
-    """Puts a training back to its checkpoint.
-
-    Raises:
-        ValueError: the checkpoint is of other settings or of another architecture; the message says what differs.
-    """
-    settings = check_settings(folder, config)
-    tensors = load_model(folder, progress.model)
-    progress.episodes.set_state(tensors.pop(_GENERATOR))
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        index, entry = name.removeprefix(_OPTIMIZER).split(".", 1)
-        state.setdefault(int(index), {})[entry] = value
-    progress.optimizer.load_state_dict({**progress.optimizer.state_dict(), "state": state})
-    progress.iteration, progress.seconds = settings["iteration"], settings["seconds"]

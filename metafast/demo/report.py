@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from metafast.demo.config import Config
-from metafast.demo.evaluation import STEPS, Accuracy
-from metafast.demo.files import Folder, write, write_json
+from metafast.demo.evaluation import STEPS
+from metafast.demo.files import Folder, write_json
+from metafast.training import Interval
+from metafast.training.checkpoint import write
 
-By = dict[int, Accuracy]
+By = dict[int, Interval]
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Results:
             "baseline_accuracy_interval": intervals(self.baseline),
             "baseline_accuracy_latin": means(self.baseline_latin),
             "baseline_learning_rates": {str(steps): lr for steps, lr in self.baseline_learning_rates.items()},
-            "episodes": next(iter(self.accuracy.values())).episodes,
+            "episodes": next(iter(self.accuracy.values())).tasks,
             "meta_gradient_error": self.meta_gradient_error,
             "seconds": round(sum(self.seconds.values()), 1),
             "seconds_by_part": {name: round(value, 1) for name, value in self.seconds.items()},
@@ -59,7 +61,7 @@ class Results:
             f"{config.algorithm}, Latin script": self.accuracy_latin,
             "baseline, Latin script": self.baseline_latin,
         }
-        episodes = next(iter(self.accuracy.values())).episodes
+        episodes = next(iter(self.accuracy.values())).tasks
         lines = [
             f"Accuracy on languages that no training saw: {config.ways} ways, {config.shots} shots, {episodes} episodes, "
             "mean ± 95 % interval",

@@ -14,11 +14,11 @@ from metafast.backend import use_backend
 from metafast.checking import meta_gradient_error
 from metafast.demo.baseline import pretrain, search_learning_rates
 from metafast.demo.config import Config
-from metafast.demo.data import Languages
+from metafast.demo.data import Languages, LanguageTasks
 from metafast.demo.evaluation import STEPS, accuracy_after
-from metafast.demo.files import Folder, check_settings
+from metafast.demo.files import Folder, check_resumable
 from metafast.demo.report import Results, write_results
-from metafast.demo.training import episodes, start, train
+from metafast.demo.training import train
 
 # Seeds of the evaluation's episodes; those of training start at the run's own seed.
 TEST_SEED, LATIN_SEED, VALIDATION_SEED = 1_000_001, 1_000_002, 1_000_003
@@ -51,29 +51,27 @@ def run(
     """
     effort = effort or Effort()
     if resume:
-        folder.expect_checkpoint()
-        check_settings(folder, config)
+        check_resumable(folder, config)
     seconds: dict[str, float] = {}
     with use_backend(config.backend):
         with _timed(seconds, "data"):
-            languages = languages or Languages.load(config.max_length)
+            languages = languages or Languages.load()
         _rehearse(config, languages)
         moved = folder.prepare(resume)
         if moved and not quiet:
             print(f"the results of an earlier run are now in {moved}")
-        progress = start(config, folder, resume)
-        train(config, languages, folder, progress, quiet)
-        seconds["training"] = progress.seconds
+        trained = train(config, languages, folder, resume=resume, quiet=quiet)
+        seconds["training"] = trained.result.seconds
         with _timed(seconds, "baseline"):
-            baseline = pretrain(config, languages.training, progress.seconds, quiet)
+            baseline = pretrain(config, languages.training, trained.result.seconds, quiet)
         with _timed(seconds, "evaluation"):
             rates = search_learning_rates(baseline, config, languages.validation, effort.validation, VALIDATION_SEED)
             ours = dict.fromkeys(STEPS, config.inner_lr)
             test = (config, languages.test, effort.test, TEST_SEED)
             latin = (config, languages.test_latin, effort.latin, LATIN_SEED)
-            accuracy, accuracy_latin = (accuracy_after(progress.model, ours, *on) for on in (test, latin))
+            accuracy, accuracy_latin = (accuracy_after(trained.model, ours, *on) for on in (test, latin))
             theirs, theirs_latin = (accuracy_after(baseline, rates, *on) for on in (test, latin))
-            error = _meta_gradient_error(config, languages, progress.model)
+            error = _meta_gradient_error(config, languages, trained.model)
     results = Results(
         accuracy=accuracy,
         accuracy_latin=accuracy_latin,
@@ -82,7 +80,7 @@ def run(
         baseline_learning_rates=rates,
         meta_gradient_error=error,
         seconds=seconds,
-        iterations=progress.iteration,
+        iterations=trained.result.iterations,
     )
     write_results(folder, config, results)
     return results
@@ -93,12 +91,12 @@ def _rehearse(config: Config, languages: Languages) -> None:
     for name in ("matplotlib", "safetensors", "tqdm"):
         importlib.import_module(name)
     languages.check(config)
-    batches = episodes(config, languages, torch.Generator().manual_seed(config.seed))
+    batches = next(LanguageTasks(config, languages).batches(config.tasks))
     config.learner(config.model())(*batches).backward()
 
 
 def _meta_gradient_error(config: Config, languages: Languages, model: torch.nn.Module) -> float:
-    batches = episodes(config, languages, torch.Generator().manual_seed(config.seed))
+    batches = next(LanguageTasks(config, languages).batches(config.tasks))
     return meta_gradient_error(config.learner(model), *batches, backend=config.backend)
 
 

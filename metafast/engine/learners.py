@@ -15,7 +15,7 @@ from metafast.engine.inference_mode import outside_inference_mode, usable
 from metafast.engine.module_attributes import tensors_in
 from metafast.engine.sharded_parameters import Whole, refuse_sharded
 from metafast.engine.task_batch import Params, count_tasks
-from metafast.engine.task_model import TaskModel
+from metafast.engine.task_model import TaskLosses, TaskModel
 
 
 class Learners:
@@ -95,6 +95,24 @@ class Learners:
             with torch.no_grad(), whole.placed(), whole.gathered():
                 return whole.own(self._function.compute(self._params, self._shared, inputs, named, same))
         return self._function.compute(self._params, self._shared, inputs, named, same)
+
+    def losses(self, task_losses: TaskLosses, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """Losses and metrics of every task's model, without a graph.
+
+        Args:
+            task_losses: the ``task_losses`` of the learner that adapted them.
+            batch: pytree of tensors with as many tasks as were adapted to.
+
+        Returns:
+            losses ``[T]`` and metrics ``[T, …]`` by name, as ``loss_fn`` gives them.
+
+        Raises:
+            ValueError: the model is sharded.
+        """
+        if self._sharded is not None:
+            refuse_sharded(self._function.module, "losses", "compute them from the outputs of a call")
+        with outside_inference_mode(), torch.no_grad():
+            return task_losses.compute(self._params, self._shared, usable(batch))
 
     def model(self, task: int) -> nn.Module:
         """A copy of the model with the parameters of one task.

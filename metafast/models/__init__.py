@@ -1,5 +1,6 @@
-"""Small Transformers for examples, tests and the demo."""
+"""Small Transformers for examples, tests and the demo, and a classifier of sentences on any encoder."""
 
-from metafast.models.classifier import EncoderClassifier
+from metafast.models.classifier import Encoder, EncoderClassifier
+from metafast.models.sentence import SentenceClassifier
 
-__all__ = ["EncoderClassifier"]
+__all__ = ["Encoder", "EncoderClassifier", "SentenceClassifier"]

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["EncoderClassifier"]
+__all__ = ["Encoder", "EncoderClassifier"]
 
 PADDING = 0
 
@@ -38,15 +38,14 @@ class EncoderLayer(nn.Module):
         return x + self.down(F.gelu(self.up(self.norm_network(x))))
 
 
-class EncoderClassifier(nn.Module):
-    """Embeds tokens and positions, applies pre-LN Transformer layers, averages over the tokens and classifies.
+class Encoder(nn.Module):
+    """Embeds tokens and positions and applies pre-LN Transformer layers.
 
     Everything is plain torch: ``F.scaled_dot_product_attention`` with padding as a boolean mask, no dropout, no
     data-dependent control flow, so that it runs under ``torch.func`` and can be differentiated twice where the
     attention can.
 
     Args:
-        classes: number of logits.
         vocabulary: number of token ids; id 0 is padding, ignored by attention and by the average.
         width, layers, heads: size of a position's vector, number of layers, attention heads per layer.
         max_length: longest sequence.
@@ -56,17 +55,10 @@ class EncoderClassifier(nn.Module):
     """
 
     def __init__(
-        self,
-        classes: int,
-        *,
-        vocabulary: int = 256,
-        width: int = 64,
-        layers: int = 2,
-        heads: int = 4,
-        max_length: int = 32,
+        self, *, vocabulary: int = 256, width: int = 64, layers: int = 2, heads: int = 4, max_length: int = 32
     ) -> None:
         super().__init__()
-        sizes = {"classes": classes, "vocabulary": vocabulary, "width": width, "layers": layers, "heads": heads}
+        sizes = {"vocabulary": vocabulary, "width": width, "layers": layers, "heads": heads}
         for name, size in {**sizes, "max_length": max_length}.items():
             if size < 1:
                 raise ValueError(f"{name}: expected a positive number, got {size}")
@@ -77,9 +69,49 @@ class EncoderClassifier(nn.Module):
         self.positions = nn.Embedding(max_length, width)
         self.layers = nn.ModuleList(EncoderLayer(width, heads, 2 * width) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, classes)
 
-    def forward(self, text: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Hidden states of sequences.
+
+        Args:
+            input_ids: int64 ``[n, length]`` token ids, ``length`` ≤ ``max_length``.
+            attention_mask: ``[n, length]``, not 0 where there is a token; None: where the id is not 0.
+
+        Returns:
+            ``[n, length, width]``, after the last layer normalisation.
+
+        Raises:
+            ValueError: ``input_ids`` has another rank or is too long.
+        """
+        if input_ids.dim() != 2 or input_ids.shape[1] > self.max_length:
+            raise ValueError(
+                f"input_ids: expected [n, length] with length <= {self.max_length}, got {list(input_ids.shape)}"
+            )
+        real = input_ids != PADDING if attention_mask is None else attention_mask != 0
+        x = self.tokens(input_ids) + self.positions(torch.arange(input_ids.shape[1], device=input_ids.device))
+        for layer in self.layers:
+            x = layer(x, real[:, None, None, :])
+        return self.norm(x)
+
+
+class EncoderClassifier(Encoder):
+    """An :class:`Encoder` of bytes or tokens whose outputs are averaged over the tokens and classified.
+
+    Args:
+        classes: number of logits.
+        sizes: as for :class:`Encoder`; id 0 is padding, ignored by attention and by the average.
+
+    Raises:
+        ValueError: a size is not positive, or ``width`` is not a multiple of ``heads``.
+    """
+
+    def __init__(self, classes: int, **sizes: int) -> None:
+        if classes < 1:
+            raise ValueError(f"classes: expected a positive number, got {classes}")
+        super().__init__(**sizes)
+        self.head = nn.Linear(self.norm.normalized_shape[0], classes)
+
+    def forward(self, text: Tensor) -> Tensor:  # type: ignore[override]
         """Classifies sequences.
 
         Args:
@@ -93,10 +125,7 @@ class EncoderClassifier(nn.Module):
         """
         if text.dim() != 2 or text.shape[1] > self.max_length:
             raise ValueError(f"text: expected [n, length] with length <= {self.max_length}, got {list(text.shape)}")
-        real = text != PADDING
-        x = self.tokens(text) + self.positions(torch.arange(text.shape[1], device=text.device))
-        for layer in self.layers:
-            x = layer(x, real[:, None, None, :])
-        weights = real.to(x.dtype)
-        pooled = torch.einsum("nlw,nl->nw", self.norm(x), weights) / weights.sum(1, keepdim=True).clamp(min=1)
+        states = super().forward(text)
+        weights = (text != PADDING).to(states.dtype)
+        pooled = torch.einsum("nlw,nl->nw", states, weights) / weights.sum(1, keepdim=True).clamp(min=1)
         return self.head(pooled)
