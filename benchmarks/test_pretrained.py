@@ -20,7 +20,7 @@ from torch import nn
 
 import metafast
 from metafast.inner import SGD, Adam
-from metafast.measure import highest_memory
+from metafast.measure import highest_memory, seconds_of
 from metafast.testing import relative_error
 
 if importlib.util.find_spec("transformers") is None:
@@ -87,7 +87,10 @@ def stepper(what, device, rule="SGD", words=WORDS, layers=6, width=384):
 def gradients(step, model, batches):
     model.zero_grad(set_to_none=True)
     step(*batches)
-    return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()]
+    # As one vector: biases of keys have the gradient 0, and what rounding makes of it.
+    return torch.cat(
+        [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in model.parameters()]
+    )
 
 
 @pytest.mark.parametrize("tasks", [2, 8])
@@ -100,8 +103,7 @@ def test_time(what, tasks, measure, device, benchmark):
     peers = {}
     for name in PEERS if tasks == 2 else PEERS[:1]:
         step, other = stepper(name, device)
-        for a, b in zip(found, gradients(step, other, batches), strict=True):
-            assert relative_error(a, b) < 1e-3
+        assert relative_error(found, gradients(step, other, batches)) < 1e-3
         peers[name] = lambda step=step: step(*batches)
     bar = 1.6 if what == "metafast, captured" and tasks == 2 else 1.2
     # A captured step's first replays are compared with the uncaptured call.
@@ -142,12 +144,15 @@ def test_vocabulary(rule, measure, compare, device, benchmark):
 
 @pytest.mark.parametrize(("layers", "width", "bar"), [(6, 384, 8), (12, 768, 20)])
 def test_recording(layers, width, bar, compare, device, benchmark):
-    """Seconds of the first call, beside the bar."""
+    """Seconds that the first call takes more than the next one, beside the bar."""
     benchmark.group = f"recording of BERT, {layers} layers, width {width}"
     step, _ = stepper("metafast, captured", device, layers=layers, width=width)
-    benchmark.pedantic(step, draw(2, device), rounds=1)
-    benchmark.extra_info["what"] = "metafast, captured: first call"
-    compare("time", "the bar", benchmark.stats.stats.median, float(bar), 1)
+    # Of one task: chunks after the first one are compared with the uncaptured call.
+    batches = draw(1, device)
+    benchmark.pedantic(step, batches, rounds=1)
+    benchmark.extra_info["what"] = "metafast, captured: recording"
+    replay = seconds_of(lambda: step(*batches), device)
+    compare("time", "the bar", benchmark.stats.stats.median - replay, float(bar), 1)
 
 
 def measured(what: str, tasks: int, device: str, rule: str, words: int) -> dict[str, float]:

@@ -39,9 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check.set_defaults(run=_check)
 
     bench = commands.add_parser("bench", help="run the benchmarks of the repository and print one table")
-    bench.add_argument(
-        "suite", nargs="*", help="as benchmarks/README.md lists them; all where none is named"
-    )
+    bench.add_argument("suite", nargs="*", help="as benchmarks/README.md lists them; all where none is named")
     bench.add_argument("--out", default="runs/bench", help="folder of the result file (default: %(default)s)")
     bench.add_argument("--select", default="", metavar="EXPRESSION", help="only the cases that match, as pytest's -k")
     bench.add_argument("--compile", action="store_true", help="also the peers that torch.compile has to build first")
