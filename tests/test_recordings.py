@@ -120,8 +120,9 @@ def test_acceleration_around_a_captured_call(draw, caplog):
             with metafast.accelerate(meta.model):
                 meta(draw(), draw())
         meta(draw(), draw())
-        metafast.accelerate(meta.model)
+        handle = metafast.accelerate(meta.model)
         meta(draw(), draw())
+        handle.remove()
     assert caplog.text.count("capture: recorded") == 1
 
 

@@ -96,13 +96,13 @@ class Ranks:
         Raises:
             RuntimeError: another rank failed.
         """
-        if self._reduction == "sum" and not self._together:
-            return 1.0
-        own = weights.sum().item()
-        total = self._tell_or_fail(own)[0] if self._together else own
-        if self._reduction == "global_mean" and self._together:
-            return total / dist.get_world_size() or 1.0
-        return 1.0 if self._reduction == "sum" else own or 1.0
+        divisor = 0.0 if self._reduction == "sum" else weights.sum().item()
+        if self._together:
+            total = self._tell_or_fail(divisor)[0]
+            if self._reduction == "global_mean":
+                divisor = total / dist.get_world_size()
+        # Neither a sum nor losses without any weight are divided.
+        return divisor or 1.0
 
     def _tell_or_fail(self, first: float, second: float = 0.0) -> list[float]:
         *totals, failed = self._tell(first, second)
