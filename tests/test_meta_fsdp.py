@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from plain_loop import distance
+from some_cases import some
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -173,10 +174,11 @@ def mean_over_ranks(loss):
     return loss / dist.get_world_size()
 
 
-def results_of_a_rank(rank):
+def results_of_a_rank(rank, cases):
     logging.getLogger("metafast").addHandler(log := _Messages())
     found = {}
-    for case, (freeze, shard, learner) in CASES.items():
+    for case in cases:
+        freeze, shard, learner = CASES[case]
         found[case] = results(learner(shard(classifier(freeze))), *mine(rank), mean_over_ranks)
     return {"cases": found, "log": log.messages}
 
@@ -191,11 +193,13 @@ class _Messages(logging.Handler):
 
 
 def test_the_gradient_is_that_of_one_process(tmp_path):
-    ranks = on_two_processes(tmp_path, results_of_a_rank, seconds=300)
+    cases = some(CASES, 8)
+    ranks = on_two_processes(tmp_path, results_of_a_rank, cases, seconds=300)
     for rank, found in enumerate(ranks):
         assert not isinstance(found, str), found
         assert found["log"] == []  # no learner has left vmap
-        for case, (freeze, _, learner) in CASES.items():
+        for case in cases:
+            freeze, _, learner = CASES[case]
             actual = found["cases"][case]
             expected = results(learner(classifier(freeze)), *batches(), lambda loss: loss)
             torch.testing.assert_close(actual["loss"], expected["loss"], rtol=1e-12, atol=0, msg=case)

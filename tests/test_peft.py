@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from plain_loop import adaptation, distance, gradients, meta_gradients, query_losses, task
+from some_cases import some
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
@@ -274,7 +275,7 @@ def compare(model, batches, metas, loss=loss_fn, seed=None, order=2):
                 assert distance([params[name][index] for name in end], [p.detach() for p in end.values()]) < TOLERANCE
 
 
-@pytest.mark.parametrize(("method", "name"), CASES)
+@pytest.mark.parametrize(("method", "name"), [*CASES[: len(BASES)], *some(CASES[len(BASES) :], 10)])
 def test_methods(method, name, generator, monkeypatch, caplog):
     """Side by side, captured and not; the second call of a captured learner is a replay."""
     if (method, name) == ("tokens", "gpt2"):
@@ -290,7 +291,7 @@ def test_methods(method, name, generator, monkeypatch, caplog):
     assert not [record for record in caplog.records if record.name == "metafast"]
 
 
-@pytest.mark.parametrize(("method", "name"), LOOPS)
+@pytest.mark.parametrize(("method", "name"), some(LOOPS, 2))
 def test_methods_that_run_as_a_loop(method, name, generator, caplog):
     model = adapted_base(method, name, generator)
     # In training mode, LoHa and LoKr leave a layer out where a random number is below their module_dropout, even if it is 0.

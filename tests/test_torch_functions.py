@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-import os
 import random
 import warnings
 from collections import Counter
@@ -18,6 +17,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from differential import difference
+from some_cases import FULL
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing._internal.common_methods_invocations import op_db
@@ -25,7 +25,6 @@ from torch.utils import _pytree as pytree
 
 from metafast.engine.task_model import TaskModel
 
-FULL = os.environ.get("METAFAST_FULL") == "1"
 TASKS = 3
 # Of an operator, without METAFAST_FULL=1.
 SAMPLES = 3

@@ -5,7 +5,6 @@ CI takes some samples of each module, others at each run. METAFAST_FULL=1 takes 
 
 from __future__ import annotations
 
-import os
 import random
 import warnings
 
@@ -13,13 +12,13 @@ import pytest
 import torch
 import torch_database
 from differential import DRAWS, TASKS, Findings, examine
+from some_cases import FULL
 from torch import nn
 from torch_database import EXTRAS
 
 import metafast
 from metafast.inner import SGD
 
-FULL = os.environ.get("METAFAST_FULL") == "1"
 SAMPLES = 1
 # Recording takes a second or two.
 CAPTURED = 24 if FULL else 0
