@@ -15,7 +15,7 @@ from torch import nn
 
 import metafast
 from metafast.engine import memory_budget, memory_plan
-from metafast.engine.graph_bytes import graph_bytes
+from metafast.engine.autograd_graph import graph_bytes
 from metafast.inner import SGD, Adam
 from metafast.measure import peak_memory
 

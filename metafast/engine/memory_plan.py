@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from metafast.engine.graph_bytes import graph_bytes
+from metafast.engine.autograd_graph import graph_bytes
 from metafast.engine.inner_loop import InnerLoop, Start
 from metafast.engine.memory_budget import budget_bytes
 from metafast.engine.replay_state import ReplayState
@@ -143,7 +143,9 @@ class MemoryPlan:
 
         It raises :class:`PlanChangedError` where the call is to be made in another way.
         """
-        if not self._applies() or self.choice(support, tasks) is not None or self._learner.capture:
+        if self._learner.capture or self._learner.checkpoint is True:
+            return None
+        if not self._applies() or self.choice(support, tasks) is not None:
             return None
 
         def measure(results: Any) -> None:
@@ -153,7 +155,7 @@ class MemoryPlan:
             if choice is not None and (choice.tasks_per_chunk, choice.kept_steps) != (tasks, self._learner.steps):
                 raise PlanChangedError
 
-        return None if self._learner.checkpoint is True else measure
+        return measure
 
     def _applies(self) -> bool:
         learner = self._learner
@@ -169,7 +171,10 @@ class MemoryPlan:
         return not any(getattr(module, "track_running_stats", False) for module in self._learner.model.modules())
 
     def _is_large(self) -> bool:
-        return sum(p.nbytes for p in self._learner.adapted_wholes().values()) >= LARGE_PARAMETERS
+        return self._own_bytes() >= LARGE_PARAMETERS
+
+    def _own_bytes(self) -> int:
+        return sum(p.nbytes for p in self._learner.adapted_wholes().values())
 
     def _measure_one(self, support: Any, tasks: int) -> None:
         """Takes the first step of one task, and throws it away."""
@@ -184,12 +189,12 @@ class MemoryPlan:
     def _measure(self, start: Start, support: Any, tasks: int, results: Any) -> None:
         learner = self._learner
         known = pytree.tree_leaves((start.params, start.shared, start.own, support))
-        sets = 1 + len(learner.inner.state_names)
-        inputs = sets * sum(p.nbytes for p in learner.adapted_wholes().values())
+        own = self._own_bytes()
+        inputs = (1 + len(learner.inner.state_names)) * own
         # Later steps hold parameters of each task, where the first has the model's.
         graph = graph_bytes(_tensors(results), _tensors(known)) // tasks + inputs
         budget = budget_bytes(learner.memory_budget, learner.device)
-        self._measured[_key(support)] = _Measured(graph, inputs, self._is_large(), budget)
+        self._measured[_key(support)] = _Measured(graph, inputs, own >= LARGE_PARAMETERS, budget)
 
     def _log(self, support: Any, tasks: int) -> None:
         choice = self.choice(support, tasks)

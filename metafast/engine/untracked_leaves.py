@@ -8,27 +8,16 @@ from collections.abc import Iterable
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from metafast.engine.autograd_graph import nodes
+
 References = list["weakref.ref[Tensor]"]
 
 
-def find_untracked(nodes: Iterable[Node | None], known: Iterable[Tensor]) -> References:
-    """The leaves of the graph that ends in ``nodes`` that are not among the ``known`` ones."""
+def find_untracked(ends: Iterable[Node | None], known: Iterable[Tensor]) -> References:
+    """The leaves of the graph that ends in ``ends`` that are not among the ``known`` ones."""
     ours = {id(tensor) for tensor in known}
-    found = []
-    waiting = list(nodes)
-    seen = set(waiting)
-    while waiting:
-        node = waiting.pop()
-        if node is None:
-            continue
-        leaf = getattr(node, "variable", None)
-        if leaf is not None and id(leaf) not in ours:
-            found.append(weakref.ref(leaf))
-        for following, _ in node.next_functions:
-            if following not in seen:
-                seen.add(following)
-                waiting.append(following)
-    return found
+    leaves = (getattr(node, "variable", None) for node in nodes(ends))
+    return [weakref.ref(leaf) for leaf in leaves if leaf is not None and id(leaf) not in ours]
 
 
 class UntrackedLeafError(RuntimeError):

@@ -1,4 +1,4 @@
-"""The memory that a graph of autograd holds."""
+"""A graph of autograd: its nodes, and the memory that it holds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 def graph_bytes(results: Iterable[Tensor], known: Iterable[Tensor]) -> int:
     """The bytes of the tensors that the graph of ``results`` keeps, each storage once, without those of ``known``."""
     storages = {}
-    for node in _nodes(tensor.grad_fn for tensor in results):
+    for node in nodes(tensor.grad_fn for tensor in results):
         for tensor in _saved(node):
             storage = tensor.untyped_storage()
             storages[storage._cdata] = storage.nbytes()
@@ -22,7 +22,8 @@ def graph_bytes(results: Iterable[Tensor], known: Iterable[Tensor]) -> int:
     return sum(storages.values())
 
 
-def _nodes(ends: Iterable[Node | None]) -> Iterator[Node]:
+def nodes(ends: Iterable[Node | None]) -> Iterator[Node]:
+    """The nodes from which the results of ``ends`` were computed, and these, each once."""
     waiting = [node for node in ends if node is not None]
     seen = set(waiting)
     while waiting:
