@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from metafast.program import NotRecordableError, Program, record
 from metafast.program.arena import ALIGNMENT, Arena, rounded
-from metafast.program.graph import Form, Node, forms, mapped
+from metafast.program.graph import Form, Node, leaves, mapped
 
 REPLAYS = 3
 
@@ -222,7 +222,7 @@ def test_forms_are_those_of_tensors_with_data(normal, function):
             "call": lambda node=node, args=args, kwargs=kwargs: node.target(*args, **kwargs),
         }[node.kind]()
         tensors = [leaf for leaf in pytree.tree_leaves(values[node]) if isinstance(leaf, torch.Tensor)]
-        for form, tensor in zip(forms(node.value), tensors, strict=True):
+        for form, tensor in zip(leaves(Form, node.value), tensors, strict=True):
             assert form == Form.of(tensor)
             assert form.is_contiguous == tensor.is_contiguous()
 

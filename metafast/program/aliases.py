@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
-from metafast.program.graph import CALL, INPUT, TENSOR, Form, Node, mapped, nodes_in
+from metafast.program.graph import CALL, INPUT, TENSOR, Form, Node, leaves, mapped
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class Aliases:
                 self._roots[node] = self._of_call(node)
             else:
                 continue
-            self._flat[node] = tuple(_roots_in(self._roots[node]))
+            self._flat[node] = tuple(leaves(Root, self._roots[node]))
 
     def of(self, node: Node) -> tuple[Root, ...]:
         """The root of each tensor that the node gives."""
@@ -71,14 +71,6 @@ class Aliases:
             return mapped(Form, lambda _: self._roots[base], node.value)
         count = itertools.count()
         return mapped(Form, lambda _: Root(node, next(count)), node.value)
-
-
-def _roots_in(roots: Any) -> Iterator[Root]:
-    if isinstance(roots, Root):
-        yield roots
-    elif isinstance(roots, (list, tuple)):
-        for inner in roots:
-            yield from _roots_in(inner)
 
 
 def written_arguments(node: Node) -> list[Node]:
@@ -144,4 +136,4 @@ def _returned(op: OpOverload) -> list[_Place]:
 def _given(node: Node, place: _Place) -> Iterator[Node]:
     """The nodes in an argument."""
     position, name = place
-    return nodes_in(node.args[position] if position < len(node.args) else node.kwargs.get(name))
+    return leaves(Node, node.args[position] if position < len(node.args) else node.kwargs.get(name))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from metafast.program.aliases import Root, aliased_argument, reshapes_in_place
 from metafast.program.arena import block
-from metafast.program.graph import CALL, INPUT, TENSOR, Form, Node, forms, mapped
+from metafast.program.graph import CALL, INPUT, TENSOR, Form, Node, leaves, mapped
 from metafast.program.out_overloads import writing
 from metafast.program.plan import Plan
 
@@ -77,7 +77,7 @@ class Built:
         if node not in self._plan.running:
             return target(*args, **kwargs)
         base = aliased_argument(node)
-        if base is not None or next(forms(node.value), None) is None:
+        if base is not None or next(leaves(Form, node.value), None) is None:
             self.calls.append(functools.partial(target, *args, **kwargs))
             return None if base is None else self._values[base]
         outputs = (
@@ -85,7 +85,7 @@ class Built:
             if node in self._plan.overwritten
             else [
                 self._place(root, like)
-                for root, like in zip(self._plan.aliases.of(node), forms(node.value), strict=True)
+                for root, like in zip(self._plan.aliases.of(node), leaves(Form, node.value), strict=True)
             ]
         )
         given = iter(outputs)
@@ -99,7 +99,7 @@ class Built:
         if position is None or len(node.args) <= position or node.args[position] is None:
             return node.args
         base: Any = node.args[0]
-        (recorded,) = forms(base.value)
+        (recorded,) = leaves(Form, base.value)
         args: list[Any] = list(node.args)
         args[position] += self._values[base].storage_offset() - recorded.offset
         return tuple(args)

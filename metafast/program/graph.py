@@ -5,12 +5,14 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from metafast.program.errors import NotRecordableError
+
+Leaf = TypeVar("Leaf")
 
 # The kinds of nodes.
 INPUT = "input"
@@ -100,7 +102,7 @@ class Node:
         self.args = args
         self.kwargs = kwargs
         self.value = value
-        self.sources: tuple[Node, ...] = tuple(dict.fromkeys(nodes_in((args, kwargs))))
+        self.sources: tuple[Node, ...] = tuple(dict.fromkeys(leaves(Node, (args, kwargs))))
 
 
 def part(of: Node, index: int) -> Node:
@@ -108,24 +110,16 @@ def part(of: Node, index: int) -> Node:
     return Node(CALL, operator.getitem, (of, index), value=of.value[index])
 
 
-def nodes_in(arguments: Any) -> Iterator[Node]:
-    """The nodes in lists, tuples and dicts."""
-    if isinstance(arguments, Node):
-        yield arguments
-    elif isinstance(arguments, (list, tuple)):
-        for argument in arguments:
-            yield from nodes_in(argument)
-    elif isinstance(arguments, dict):
-        yield from nodes_in(list(arguments.values()))
-
-
-def forms(value: Any) -> Iterator[Form]:
-    """The forms in a node's value."""
-    if isinstance(value, Form):
+def leaves(kind: type[Leaf], value: Any) -> Iterator[Leaf]:
+    """The objects of a kind in lists, tuples and dicts."""
+    if isinstance(value, kind):
         yield value
     elif isinstance(value, (list, tuple)):
         for inner in value:
-            yield from forms(inner)
+            yield from leaves(kind, inner)
+    elif isinstance(value, dict):
+        for inner in value.values():
+            yield from leaves(kind, inner)
 
 
 def mapped(kind: type, function: Callable[[Any], Any], value: Any) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 
-from metafast.program.graph import Form
+from metafast.program.graph import Form, leaves
 
 _lift = torch.ops.aten.lift_fresh_copy.default
 _TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.inplace_view}
@@ -107,7 +107,7 @@ class KnownResults:
         if any(tensor.constant is not None or tensor.requires_grad or tensor.is_quantized for tensor in tensors):
             return False
         memory = [_memory(tensor) for tensor in tensors]
-        given = [_memory(tensor) for tensor in _tensors((args, kwargs))]
+        given = [_memory(tensor) for tensor in leaves(Tensor, (args, kwargs))]
         if func.is_view:
             if memory[0] != _memory(args[0]) or value.dtype != args[0].dtype:
                 return False
@@ -149,13 +149,6 @@ def _value(result: Any) -> Any:
         value = [_value(part) for part in result]
         return value if isinstance(result, list) else tuple(value)
     return None
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-    return [tensor for part in parts for tensor in _tensors(part)]
 
 
 def _memory(tensor: Tensor) -> int:

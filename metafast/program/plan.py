@@ -10,7 +10,7 @@ import torch
 from metafast.ops.layers import library as _library  # noqa: F401 - defines an op that is named below
 from metafast.program.aliases import Aliases, Root, aliased_argument, written_arguments
 from metafast.program.arena import Arena
-from metafast.program.graph import CALL, OUTPUT, Node, forms
+from metafast.program.graph import CALL, OUTPUT, Form, Node, leaves
 from metafast.program.recording import draws_random_numbers
 from metafast.program.stack_elision import Part, parts_of_stacks
 
@@ -82,11 +82,11 @@ class Plan:
         for position, node in enumerate(self.nodes):
             if node in self.running and aliased_argument(node) is None:
                 over = self._overwritable(node, position, places)
-                for root, result in zip(self.aliases.of(node), forms(node.value), strict=True):
+                for root, result in zip(self.aliases.of(node), leaves(Form, node.value), strict=True):
                     if root in self.parts:
                         stack = self.parts[root].stack
                         (root,) = self.aliases.of(stack)
-                        (result,) = forms(stack.value)
+                        (result,) = leaves(Form, stack.value)
                         if root in places:
                             continue
                     sizes[root] = result.bytes
@@ -109,7 +109,7 @@ class Plan:
         pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
         if not (pointwise or node.target in _ADDED_TO_FIRST):
             return None
-        given = list(forms(node.value))
+        given = list(leaves(Form, node.value))
         if len(given) != 1 or any(root in self.parts for root in self.aliases.of(node)):
             return None
         (result,) = given
@@ -117,8 +117,8 @@ class Plan:
         for value, root in read:
             if root not in places or self._last_use[root] != position:
                 continue
-            whole = list(forms(root.node.value))[root.index].bytes == result.bytes
-            views = {next(forms(other.value)) for other, of in read if of == root}
+            whole = list(leaves(Form, root.node.value))[root.index].bytes == result.bytes
+            views = {next(leaves(Form, other.value)) for other, of in read if of == root}
             allowed = pointwise or (value is node.args[0] and [of for _, of in read].count(root) == 1)
             if allowed and whole and views == {result}:
                 return value

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from metafast.program.aliases import Aliases, reshapes_in_place
 from metafast.program.errors import NotRecordableError
-from metafast.program.graph import OUTPUT, TENSOR, Node, forms
+from metafast.program.graph import OUTPUT, TENSOR, Form, Node, leaves
 from metafast.program.tracing import DRAWS_ELSEWHERE, LOOKS, Tracing
 
 _lock = threading.Lock()
@@ -158,7 +158,7 @@ def _resizes(op: OpOverload, node: Node) -> bool:
     """Whether an operation is given a tensor of another shape for its result."""
     outputs = [node.kwargs.get(argument.name) for argument in op._schema.arguments if argument.is_out]
     given = [output.value.shape for output in outputs if isinstance(output, Node)]
-    return bool(given) and given != [form.shape for form in forms(node.value)]
+    return bool(given) and given != [form.shape for form in leaves(Form, node.value)]
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from metafast.program.errors import NotRecordableError
-from metafast.program.graph import CALL, INPUT, TENSOR, Form, Node, forms, mapped, part
+from metafast.program.graph import CALL, INPUT, TENSOR, Form, Node, leaves, mapped, part
 from metafast.program.known_results import KnownResults
 
 _aten = torch.ops.aten
@@ -72,7 +72,7 @@ class Tracing(TorchDispatchMode):
             func = _aten.lift_fresh_copy.default
         nodes, named = self.nodes_of(args), self.nodes_of(kwargs)
         result, value = self._results.of(func, args, kwargs)
-        if func._schema.returns and not func._schema.is_mutable and not any(True for _ in forms(value)):
+        if func._schema.returns and not func._schema.is_mutable and not any(True for _ in leaves(Form, value)):
             # Python gets a number that forms decide.
             return result
         self._note(result, self._appended(Node(CALL, func, nodes, named, value)))
