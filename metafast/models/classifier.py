@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from metafast.arguments import check_positive
+
 __all__ = ["Encoder", "EncoderClassifier"]
 
 PADDING = 0
@@ -60,8 +62,7 @@ class Encoder(nn.Module):
         super().__init__()
         sizes = {"vocabulary": vocabulary, "width": width, "layers": layers, "heads": heads}
         for name, size in {**sizes, "max_length": max_length}.items():
-            if size < 1:
-                raise ValueError(f"{name}: expected a positive number, got {size}")
+            check_positive(name, size)
         if width % heads:
             raise ValueError(f"width: expected a multiple of heads = {heads}, got {width}")
         self.max_length = max_length
@@ -106,8 +107,7 @@ class EncoderClassifier(Encoder):
     """
 
     def __init__(self, classes: int, **sizes: int) -> None:
-        if classes < 1:
-            raise ValueError(f"classes: expected a positive number, got {classes}")
+        check_positive("classes", classes)
         super().__init__(**sizes)
         self.head = nn.Linear(self.norm.normalized_shape[0], classes)
 

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
-__all__ = ["EXAMPLE", "Split", "english_name", "names", "script", "select", "split"]
+__all__ = ["EXAMPLE", "Split", "english_name", "names", "script", "select", "split", "translations"]
 
 NAMES_OF_A_KIND = 40
 SHORTEST = 3
@@ -56,7 +56,7 @@ def names() -> Mapping[str, tuple[str, ...]]:
         if "_" not in code and code not in TWINS:
             kinds = _names_by_kind(code)
             if min(len(kind) for kind in kinds) >= NAMES_OF_A_KIND:
-                languages[code] = {name for kind in kinds for name in kind if len(name.encode()) >= SHORTEST}
+                languages[code] = {name for kind in kinds for name in kind.values() if len(name.encode()) >= SHORTEST}
     languages_of = Counter(name for of_language in languages.values() for name in {n.casefold() for n in of_language})
     return MappingProxyType(
         {code: tuple(sorted(n for n in found if languages_of[n.casefold()] == 1)) for code, found in languages.items()}
@@ -123,10 +123,29 @@ def script(texts: Iterable[str]) -> str:
     return counts.most_common(1)[0][0]
 
 
-def _names_by_kind(code: str) -> list[list[str]]:
+def translations(code: str) -> list[tuple[str, str]]:
+    """English names and those of a language, which differ from them apart from capitals, sorted; each English name once.
+
+    Args:
+        code: the code of a language, such as ``"ka"``.
+
+    Raises:
+        ValueError: the code is unknown.
+    """
+    select([code])
+    found: dict[str, str] = {}
+    for english, of_language in zip(_names_by_kind("en"), _names_by_kind(code), strict=True):
+        for key, name in of_language.items():
+            if key in english and name.casefold() != english[key].casefold():
+                found.setdefault(english[key], name)
+    return sorted(found.items())
+
+
+def _names_by_kind(code: str) -> list[dict[str, str]]:
+    """Names by a key that is the same in all languages, for each kind."""
     from babel import Locale
 
     locale = Locale.parse(code)
-    cities = [zone["city"] for zone in locale.time_zones.values() if "city" in zone]
-    kinds = [locale.territories, locale.languages, locale.scripts, locale.currencies]
-    return [[name for name in kind.values() if isinstance(name, str)] for kind in kinds] + [cities]
+    cities = {key: zone["city"] for key, zone in locale.time_zones.items() if "city" in zone}
+    kinds = [locale.territories, locale.languages, locale.scripts, locale.currencies, cities]
+    return [{key: name for key, name in kind.items() if isinstance(name, str)} for kind in kinds]

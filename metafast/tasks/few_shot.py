@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from metafast.arguments import check_positive
 from metafast.tasks.examples import Examples
 from metafast.tasks.reading import read_examples
-from metafast.tasks.source import Episode, Tasks, check_positive, generator_of
+from metafast.tasks.source import Episode, Tasks, generator_of
 
 __all__ = ["FewShot"]
 

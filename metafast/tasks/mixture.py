@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 import torch
 
-from metafast.tasks.source import Episode, Tasks, check_positive, generator_of
+from metafast.arguments import check_positive
+from metafast.tasks.source import Episode, Tasks, generator_of
 
 __all__ = ["Mixture", "size_shares"]
 

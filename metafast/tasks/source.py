@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset
 
-__all__ = ["Episode", "Tasks", "check_positive", "generator_of"]
+from metafast.arguments import check_positive
+
+__all__ = ["Episode", "Tasks", "generator_of", "in_turn"]
 
 
 class Episode(NamedTuple):
@@ -29,6 +31,12 @@ def generator_of(seed: int, number: int) -> torch.Generator:
     """The random numbers of one episode, which depend on the seed and the episode's number alone."""
     digest = hashlib.blake2b(f"{seed} {number}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+
+
+def in_turn(names: Sequence[str], seed: int, number: int) -> str:
+    """The name of an episode's task, where tasks take turns: every round has each name once, in random order."""
+    round_, place = divmod(number, len(names))
+    return names[int(torch.randperm(len(names), generator=generator_of(seed, -1 - round_))[place])]
 
 
 class Tasks(Dataset[Episode], ABC):
@@ -116,15 +124,6 @@ class Tasks(Dataset[Episode], ABC):
             generator=torch.Generator().manual_seed(0),
         )
         return iter(loader)
-
-
-def check_positive(name: str, number: int) -> int:
-    """Returns ``number``. Raises TypeError or ValueError where it is no positive int."""
-    if isinstance(number, bool) or not isinstance(number, int):
-        raise TypeError(f"{name}: expected an int, got {type(number).__name__}")
-    if number < 1:
-        raise ValueError(f"{name}: expected a positive number, got {number}")
-    return number
 
 
 def _leave_interrupts_alone(worker: int) -> None:

@@ -3,7 +3,7 @@
 from metafast.training.checkpoint import read_checkpoint
 from metafast.training.evaluation import Evaluation, Interval, evaluate
 from metafast.training.loop import Fit, Validation, fit
-from metafast.training.losses import classification_loss
+from metafast.training.losses import classification_loss, language_model_loss, translation_loss
 
 __all__ = [
     "Evaluation",
@@ -13,5 +13,7 @@ __all__ = [
     "classification_loss",
     "evaluate",
     "fit",
+    "language_model_loss",
     "read_checkpoint",
+    "translation_loss",
 ]

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from metafast.algorithms.learner import MetaLearner
-from metafast.tasks.source import Tasks, check_positive
+from metafast.arguments import check_positive
+from metafast.tasks.source import Tasks
 
 __all__ = ["Evaluation", "Interval", "evaluate"]
 

@@ -16,7 +16,8 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from metafast.algorithms import MAMLPlusPlus
 from metafast.algorithms.learner import MetaLearner
-from metafast.tasks.source import Tasks, check_positive
+from metafast.arguments import check_positive
+from metafast.tasks.source import Tasks
 from metafast.training.checkpoint import (
     check_state,
     random_states,

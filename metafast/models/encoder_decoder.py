@@ -1,0 +1,174 @@
+"""A small Transformer that turns one text into another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metafast.arguments import check_positive
+from metafast.models.classifier import PADDING, Encoder
+from metafast.models.decoder import Cache, DecoderLayer, causal_mask
+from metafast.models.generation import search
+
+__all__ = ["EncoderDecoder"]
+
+NO_LABEL = -100
+"""What Hugging Face's models and torch's cross entropy take for no label."""
+
+
+class EncoderDecoder(nn.Module):
+    """An :class:`metafast.models.Encoder`, and a decoder that attends to its states.
+
+    With ``copies`` the next id is, with a probability that the model computes, one of the source's ids, drawn by an
+    attention to them (See et al. 2017, arXiv:1704.04368, equations 8 and 9): names and related languages are largely
+    copied.
+
+    Args:
+        vocabulary: number of ids, of source and target; id 0 is padding.
+        width, layers, heads: size of a position's vector, layers of the encoder and of the decoder, heads per layer.
+        max_length: longest source and longest target.
+        copies: whether ids of the source can be copied.
+        start, end: ids that targets are started with and end with, for :meth:`generate` and for the decoder's input.
+
+    Raises:
+        ValueError: a size is not positive, or ``width`` is not a multiple of ``heads``.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocabulary: int = 256,
+        width: int = 64,
+        layers: int = 2,
+        heads: int = 4,
+        max_length: int = 64,
+        copies: bool = True,
+        start: int = 2,
+        end: int = 3,
+    ) -> None:
+        super().__init__()
+        self.encoder = Encoder(vocabulary=vocabulary, width=width, layers=layers, heads=heads, max_length=max_length)
+        self.start, self.end = start, end
+        self.max_length = check_positive("max_length", max_length)
+        self.tokens = nn.Embedding(vocabulary, width)
+        self.positions = nn.Embedding(max_length + 1, width)
+        self.layers = nn.ModuleList(DecoderLayer(width, heads, 2 * width, attends_encoder=True) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, vocabulary)
+        self.copies = copies
+        if copies:
+            self.copy_query = nn.Linear(width, width)
+            self.copy_key = nn.Linear(width, width)
+            self.copy_gate = nn.Linear(width, 1)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor) -> Tensor:
+        """Logits of every label from the source and the labels before it.
+
+        Args:
+            input_ids: source, int64 ``[n, source]``, at most ``max_length`` long.
+            attention_mask: ``[n, source]``, not 0 where there is a token; None: where the id is not 0.
+            labels: int64 ``[n, target]``, −100 after the end of a text.
+
+        Returns:
+            ``[n, target, vocabulary]``; with ``copies`` they are logarithmic probabilities.
+
+        Raises:
+            ValueError: source or target has another rank or is too long.
+        """
+        if labels.dim() != 2 or labels.shape[1] > self.max_length:
+            raise ValueError(f"labels: expected [n, length] with length <= {self.max_length}, got {list(labels.shape)}")
+        encoded, real = self._encode(input_ids, attention_mask)
+        # What follows the end of a text is not a label, and what is there does not matter.
+        inputs = F.pad(labels.clamp(min=0)[:, :-1], (1, 0), value=self.start)
+        positions = torch.arange(inputs.shape[1], device=inputs.device)
+        states, _ = self._decode(inputs, positions, None, None, encoded, real)
+        return self._logits(states, input_ids, self._copy_keys(encoded), real)
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        max_new_tokens: int | None = None,
+        num_beams: int = 1,
+        length_penalty: float = 1.0,
+    ) -> Tensor:
+        """Translates, greedily or by beam search, with a cache of keys and values.
+
+        Args:
+            input_ids, attention_mask: source, as for a call.
+            max_new_tokens: most ids of a target; None: ``max_length``.
+            num_beams, length_penalty: hypotheses per text, and how they compare (:func:`metafast.models.generation.search`).
+
+        Returns:
+            int64 ``[n, 1 + new]``: ``start``, then the target, padded with zeros after ``end``.
+
+        Raises:
+            ValueError: the source has another rank or is too long, or ``max_new_tokens`` is not 1 to ``max_length``.
+        """
+        most = self.max_length if max_new_tokens is None else max_new_tokens
+        if most > self.max_length:
+            raise ValueError(f"max_new_tokens: expected at most {self.max_length}, got {most}")
+        encoded, real = self._encode(input_ids, attention_mask)
+        source = (input_ids, real, encoded, self._copy_keys(encoded))
+
+        def step(ids: Tensor, cache: tuple[tuple[Tensor, ...], list[Cache] | None]) -> tuple[Tensor, object]:
+            (sources, real, encoded, keys), caches = cache
+            seen = 0 if caches is None else caches[0][0].shape[2]
+            mask = causal_mask(
+                torch.ones(len(ids), seen + ids.shape[1], dtype=torch.bool, device=ids.device), ids.shape[1]
+            )
+            positions = torch.arange(seen, seen + ids.shape[1], device=ids.device)
+            states, caches = self._decode(ids, positions, mask, caches, encoded, real)
+            return self._logits(states[:, -1:], sources, keys, real)[:, 0], ((sources, real, encoded, keys), caches)
+
+        return search(
+            step,
+            input_ids.new_full((len(input_ids), 1), self.start),
+            (source, None),
+            end=self.end,
+            padding=PADDING,
+            max_new_tokens=most,
+            beams=num_beams,
+            length_penalty=length_penalty,
+        )
+
+    def _encode(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        real = input_ids != PADDING if attention_mask is None else attention_mask != 0
+        return self.encoder(input_ids, real), real
+
+    def _decode(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        mask: Tensor | None,
+        caches: list[Cache] | None,
+        encoded: Tensor,
+        real: Tensor,
+    ) -> tuple[Tensor, list[Cache]]:
+        x = self.tokens(ids) + self.positions(positions)
+        new = []
+        before: Sequence[Cache | None] = caches or [None] * len(self.layers)
+        for layer, cache in zip(self.layers, before, strict=True):
+            x, kept = layer(x, mask, cache, encoded, real[:, None, None, :])
+            new.append(kept)
+        return self.norm(x), new
+
+    def _copy_keys(self, encoded: Tensor) -> Tensor:
+        return self.copy_key(encoded) if self.copies else encoded[..., :0]
+
+    def _logits(self, states: Tensor, source: Tensor, keys: Tensor, real: Tensor) -> Tensor:
+        """``[n, target, vocabulary]`` from the decoder's states, the source's ids, and keys and mask for copying."""
+        logits = self.head(states)
+        if not self.copies:
+            return logits
+        scores = self.copy_query(states) @ keys.transpose(1, 2) / keys.shape[-1] ** 0.5
+        weights = scores.masked_fill(~real[:, None, :], -1e4).softmax(-1)
+        copied = torch.zeros_like(logits).scatter_add(2, source[:, None, :].expand_as(weights), weights)
+        # Logarithms of the two ways' shares, so that neither's gradient vanishes where its probability is small.
+        gate = self.copy_gate(states)
+        written = F.logsigmoid(-gate) + logits.log_softmax(-1)
+        return torch.logaddexp(written, F.logsigmoid(gate) + copied.clamp(min=1e-9).log())

@@ -1,0 +1,132 @@
+"""Decoder and encoder–decoder: caches, padding, beams, copies, and meta-gradients through them."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from plain_loop import distance, gradients, meta_gradients, query_losses
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import metafast
+from metafast.inner import SGD
+from metafast.models import Decoder, EncoderDecoder
+from metafast.training import language_model_loss, translation_loss
+
+VOCABULARY, END = 9, 3
+
+
+@pytest.fixture
+def decoder(generator):
+    return Decoder(vocabulary=VOCABULARY, width=16, layers=2, heads=2, max_length=14, end=END).double()
+
+
+@pytest.fixture(params=[True, False], ids=["copies", "writes"])
+def translator(request, generator):
+    return EncoderDecoder(
+        vocabulary=VOCABULARY, width=16, layers=2, heads=2, max_length=8, copies=request.param, end=END
+    ).double()
+
+
+def words(generator, *shape):
+    return torch.randint(4, VOCABULARY, shape, generator=generator)
+
+
+def test_no_position_sees_later_ones(decoder, generator):
+    ids = words(generator, 3, 6)
+    assert torch.allclose(decoder(ids)[:, :4], decoder(ids[:, :4]), rtol=0, atol=1e-12)
+
+
+def test_padding_changes_nothing(decoder, generator):
+    ids = words(generator, 3, 6)
+    expected = decoder(ids)
+    for before, after in ((2, 0), (0, 3)):
+        mask = F.pad(torch.ones_like(ids), (before, after))
+        found = decoder(F.pad(ids, (before, after)), mask)[:, before : before + 6]
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_greedy_generation_takes_the_best_id_each_time(decoder, generator):
+    ids = words(generator, 4, 5)
+    mask = (torch.arange(5) >= torch.tensor([[0], [1], [2], [4]])).long()
+    found = decoder.generate(ids, mask, max_new_tokens=7)
+    for row, real in enumerate(mask):
+        text = ids[row, real.bool()][None]
+        for _ in range(7):
+            text = torch.cat((text, decoder(text)[:, -1:].argmax(-1)), 1)
+            if text[0, -1] == END:
+                break
+        new = text[0, int(real.sum()) :]
+        assert found[row, 5 : 5 + len(new)].tolist() == new.tolist()
+        assert not found[row, 5 + len(new) :].any()
+
+
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0])
+def test_beams_that_hold_everything_find_the_best(translator, generator, length_penalty):
+    source = F.pad(words(generator, 2, 5), (0, 1))
+    found = translator.generate(source, max_new_tokens=3, num_beams=VOCABULARY**3, length_penalty=length_penalty)
+    for row in range(2):
+        scores = {}
+        for labels in itertools.product(range(VOCABULARY), repeat=3):
+            kept = labels[: labels.index(END) + 1] if END in labels else labels
+            if kept not in scores:
+                target = torch.tensor([kept])
+                of_each = translator(source[row : row + 1], None, target).log_softmax(-1).gather(2, target[..., None])
+                scores[kept] = (of_each.sum() / len(kept) ** length_penalty).item()
+        best = max(scores, key=scores.__getitem__)
+        assert found[row].tolist() == [2, *best, *[0] * (found.shape[1] - 1 - len(best))]
+
+
+def test_more_beams_are_not_worse(translator, generator):
+    source = words(generator, 3, 6)
+
+    def score(labels):
+        labels = labels.masked_fill(labels == 0, -100)
+        return -F.cross_entropy(translator(source, None, labels).transpose(1, 2), labels, reduction="none").sum(1)
+
+    one, four = (translator.generate(source, num_beams=n, length_penalty=0.0)[:, 1:] for n in (1, VOCABULARY**2))
+    assert (score(four) >= score(one) - 1e-9).all()
+
+
+def test_source_padding_changes_nothing(translator, generator):
+    source, labels = words(generator, 3, 5), words(generator, 3, 4)
+    padded = F.pad(source, (0, 2))
+    expected = translator(source, None, labels)
+    torch.testing.assert_close(translator(padded, None, labels), expected, rtol=1e-12, atol=1e-12)
+    labels = F.pad(labels, (0, 2), value=-100)
+    torch.testing.assert_close(translator(padded, padded != 0, labels)[:, :4], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_copies_are_a_distribution(generator):
+    model = EncoderDecoder(vocabulary=VOCABULARY, width=16, layers=1, heads=2, max_length=8).double()
+    with torch.no_grad():
+        model.copy_gate.bias.fill_(30.0)
+    source = torch.tensor([[4, 5, 5, 0]])
+    shares = model(source, None, torch.tensor([[6, 7]])).exp()
+    torch.testing.assert_close(shares.sum(-1), torch.ones(1, 2, dtype=torch.float64), rtol=0, atol=1e-7)
+    assert shares[..., [0, 1, 2, 3, 6, 7, 8]].max() < 1e-6
+
+
+@pytest.mark.parametrize("capture", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "loss_fn", "target"), [(Decoder, language_model_loss, 6), (EncoderDecoder, translation_loss, 5)]
+)
+def test_meta_gradients(kind, loss_fn, target, capture, generator):
+    model = kind(vocabulary=VOCABULARY, width=8, layers=1, heads=2, max_length=8).double()
+    support, query = (
+        {
+            "input_ids": words(generator, 3, 4, 6),
+            "attention_mask": (torch.arange(6) < torch.randint(3, 7, (3, 4, 1), generator=generator)).long(),
+            "labels": words(generator, 3, 4, target).masked_fill(torch.arange(target) > 3, -100),
+        }
+        for _ in range(2)
+    )
+    meta = metafast.MAML(model, loss_fn, inner=SGD(lr=0.3), steps=2, capture=capture)
+    loss, found = meta_gradients(meta, support, query)
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = query_losses(model, loss_fn, support, query, 2, 0.3).mean()
+        gradient = gradients(expected, model.parameters())
+    assert abs(loss - expected) < 1e-9
+    assert distance(found, gradient) < 1e-8
