@@ -33,11 +33,12 @@ demo: install
 test: install $(VENV)/.test
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist worksteal
 
-# Random learners and ops in their thousands, all of torch's databases of modules and functions, all adapters: hours of one core.
+# Random learners and ops in their thousands, and all cases of the tests that take some of them otherwise: hours of one core.
 EXAMPLES ?= 5000
 fuzz: install $(VENV)/.test
 	METAFAST_FUZZ_EXAMPLES=$(EXAMPLES) METAFAST_FULL=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist worksteal \
-	  tests/test_fuzz.py tests/test_torch_functions.py tests/test_torch_modules.py tests/test_peft.py tests/test_meta_fsdp.py
+	  tests/test_fuzz.py tests/test_torch_functions.py tests/test_torch_modules.py tests/test_peft.py tests/test_meta_fsdp.py \
+	  tests/test_attention_triton.py tests/test_embedding_rows.py tests/test_huggingface_table.py
 
 lint: $(VENV)/.dev
 	$(RUN) -m ruff check .

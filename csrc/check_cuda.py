@@ -34,7 +34,8 @@ def compile_object(nvcc: str, source: Path, out: Path) -> subprocess.CompletedPr
             # The host's compiler warns of more when it optimizes; the device's need not.
             *("-Xcicc", "-O0", "-Xptxas", "-O0"),
             *COMMON_NVCC_FLAGS,
-            *(f"-gencode=arch=compute_{number},code=sm_{number}" for number in ARCHITECTURES),
+            # No file asks for the architecture: one front end serves them all.
+            f"-gencode=arch=compute_{ARCHITECTURES[0]},code=[{','.join(f'sm_{n}' for n in ARCHITECTURES)}]",
             *("-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000"),
             *(argument for path in include_paths() for argument in ("-isystem", path)),
             *("-I", str(ROOT)),

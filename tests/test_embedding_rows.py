@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 
 import pytest
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from plain_learners import PlainLearner
 from plain_loop import at, task
+from some_cases import half
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -158,9 +160,12 @@ def adapts_rows(meta, name="words.weight"):
     return isinstance(meta.adapt(batch())._params[name], embedding_rows.Rows)
 
 
-@pytest.mark.parametrize("per_step", [False, True], ids=["one support set", "PerStep"])
-@pytest.mark.parametrize("options", [{}, {"checkpoint": True}, {"capture": True}, {"task_batching": "loop"}], ids=str)
-@pytest.mark.parametrize("rule", RULES)
+WAYS_TO_RUN = [{}, {"checkpoint": True}, {"capture": True}, {"task_batching": "loop"}]
+
+
+@pytest.mark.parametrize(
+    ("rule", "options", "per_step"), half(itertools.product(RULES, WAYS_TO_RUN, [False, True])), ids=str
+)
 def test_rules_and_options(rule, options, per_step):
     meta = learner(Net(), RULES[rule], **options)
     check_against_the_plain_loop(meta, per_step)

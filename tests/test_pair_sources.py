@@ -7,7 +7,7 @@ import csv
 import pytest
 import torch
 
-from metafast.tasks import Dialogue, Translation
+from metafast.tasks import Dialogue, Transfer, Translation, cldr
 from metafast.tasks.corpora import nusax_sentiment, nusax_translation, persona_chat
 
 PAIRS = {name: [(f"source {n} é", f"{name} {n}") for n in range(9)] for name in ("a", "bb", "ccc")}
@@ -145,7 +145,59 @@ def test_dialogue_with_a_tokenizer():
         Dialogue(PEOPLE, shots=1, queries=1, tokenizer=lambda texts, **options: {"input_ids": [[1] for _ in texts]})
 
 
+# Transfer.
+
+SENTIMENT = {
+    language: {label: [f"{language} {label} {n}" for n in range(6)] for label in ("good", "bad")} for language in "xyz"
+}
+
+
+def test_transfer_keeps_what_labels_mean():
+    tasks = Transfer(SENTIMENT, shots=5, queries=7)
+    assert tasks.labels == ("bad", "good")
+    support, query = next(tasks.batches(3))
+    for number in range(3):
+        language = tasks.task_of(number)
+        drawn = []
+        for batch, count in ((support, 5), (query, 7)):
+            assert batch["label"].shape == (3, count)
+            for row, label in zip(batch["text"][number], batch["label"][number], strict=True):
+                drawn.append(text(row))
+                assert drawn[-1].startswith(f"{language} {tasks.labels[label]} ")
+        assert len(set(drawn)) == 12
+
+
+def test_transfer_to_other_texts():
+    others = {language: {label: [f"other {label}"] for label in ("good", "bad")} for language in "xyz"}
+    _, query = next(Transfer(SENTIMENT, queries_from=others, shots=12, queries=2).batches(3))
+    assert {text(row) for row in query["text"].flatten(0, 1)} == {"other good", "other bad"}
+
+
+@pytest.mark.parametrize(
+    ("tasks", "options", "error", "message"),
+    [
+        ({}, {}, ValueError, "tasks: expected at least one, got none"),
+        (SENTIMENT, {"shots": 12}, ValueError, r"tasks\['x'\]: expected at least 13 texts, got 12"),
+        (SENTIMENT | {"u": {"good": ["a"]}}, {}, ValueError, r"tasks\['u'\]: expected the labels bad, good, got good"),
+        (SENTIMENT, {"queries_from": {"x": {}}}, ValueError, "queries_from: expected texts of x, y, z, got those of x"),
+        ({"x": {"a": [torch.zeros(2)]}}, {}, TypeError, r"tasks\['x'\]: expected texts, got tensors"),
+    ],
+)
+def test_wrong_families(tasks, options, error, message):
+    with pytest.raises(error, match=message):
+        Transfer(tasks, **{"shots": 1, "queries": 1} | options)
+
+
 # Corpora.
+
+
+def test_names_as_pairs():
+    pytest.importorskip("babel")
+    pairs = dict(cldr.translations("de"))
+    assert pairs["Germany"] == "Deutschland"
+    assert all(english.casefold() != name.casefold() for english, name in pairs.items())
+    with pytest.raises(ValueError, match=r"expected codes among .*; got 'xx'"):
+        cldr.translations("xx")
 
 
 def write(path, rows):

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch_database
 from differential import DRAWS, TASKS, Findings, examine
-from some_cases import FULL
+from some_cases import FULL, half
 from torch import nn
 from torch_database import EXTRAS
 
@@ -78,7 +78,7 @@ def test_the_database(name, generator):
     check(examined(torch_database.database(name, DRAWS), None if FULL else SAMPLES, captured), name)
 
 
-@pytest.mark.parametrize("name", EXTRAS)
+@pytest.mark.parametrize("name", half(EXTRAS))
 def test_beside_the_database(name, generator):
     check(examined(torch_database.extras(name, DRAWS), None if FULL else SAMPLES, 2 if FULL else 0), name)
 

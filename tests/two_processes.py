@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 SECONDS = 60.0
+METHOD = "forkserver"
 
 
 def _process(rank, folder, function, arguments, seconds):
@@ -37,7 +38,10 @@ def _process(rank, folder, function, arguments, seconds):
 
 def on_two_processes(folder, function, *arguments, seconds=SECONDS):
     """What the function returns on each rank, or its error as text; fails where one hangs."""
-    context = mp.spawn(_process, (folder, function, arguments, seconds), nprocs=2, join=False)
+    # Ranks are forked from a process that has imported all this once.
+    mp.get_context(METHOD).set_forkserver_preload(["torch.distributed.fsdp", "metafast"])
+    arguments = (folder, function, arguments, seconds)
+    context = mp.start_processes(_process, arguments, nprocs=2, join=False, start_method=METHOD)
     deadline = time.monotonic() + seconds
     while not context.join(timeout=1):
         if time.monotonic() > deadline:
