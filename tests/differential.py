@@ -40,16 +40,20 @@ class Findings:
 
 @dataclass
 class Plain:
-    """What the plain loop gives: the mean loss, its gradient and adapted parameters by name, and buffers afterwards."""
+    """What the plain loop gives: the mean loss, its gradient and adapted parameters by name, and buffers afterwards.
+
+    A support loss may be NaN and have the gradient 0: the mean over labels that are all ignored. A learner refuses it.
+    """
 
     loss: torch.Tensor
+    support_losses: list[torch.Tensor]
     gradients: dict[str, torch.Tensor]
     adapted: dict[str, torch.Tensor]
     buffers: dict[str, torch.Tensor]
 
     @property
     def finite(self):
-        return all(x.isfinite().all() for x in (self.loss, *self.gradients.values()))
+        return all(x.isfinite().all() for x in (self.loss, *self.support_losses, *self.gradients.values()))
 
 
 def plain(model, support, query, order, steps=STEPS):
@@ -77,18 +81,21 @@ def _plain(model, support, query, order, steps, calls):
     params = dict(model.named_parameters())
     tasks = [dict(params) for _ in range(TASKS)]
     losses = [torch.empty(0)] * TASKS
+    support_losses = []
     for step, index in calls:
         own = tasks[index]
         if step == steps:
             losses[index] = loss_fn(at(model, own), task(query, index))
             continue
         loss = loss_fn(at(model, own), task(support, index))
+        support_losses.append(loss.detach())
         grads = torch.autograd.grad(loss, list(own.values()), create_graph=order == 2, materialize_grads=True)
         tasks[index] = {name: p - LR * g.to_dense() for (name, p), g in zip(own.items(), grads, strict=True)}
     loss = torch.stack(losses).mean()
     gradients = torch.autograd.grad(loss, list(params.values()), materialize_grads=True)
     return Plain(
         loss.detach(),
+        support_losses,
         {name: gradient.to_dense() for name, gradient in zip(params, gradients, strict=True)},
         {name: torch.stack([own[name].detach() for own in tasks]) for name in params},
         {name: buffer.clone() for name, buffer in model.named_buffers()},
