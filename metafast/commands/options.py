@@ -128,7 +128,7 @@ def add_evaluate_options(parser: argparse.ArgumentParser) -> None:
         "--steps", type=int, nargs="+", metavar="N", help="inner steps (default: 0, and as many as in training)"
     )
     parser.add_argument(
-        "--episodes", type=int, metavar="N", help="test tasks (default: 600; 200 with a Hugging Face model)"
+        "--episodes", type=int, metavar="N", help="test tasks (default: 600; 100 with a Hugging Face model)"
     )
 
 

@@ -34,7 +34,7 @@ class Effort:
     test: int
 
 
-OF_BYTES, OF_PRETRAINED = Effort(10, 40, 600), Effort(5, 20, 200)
+OF_BYTES, OF_PRETRAINED = Effort(10, 40, 600), Effort(3, 20, 100)
 
 
 def held_out(examples: Examples, settings: Settings) -> Split:

@@ -158,7 +158,7 @@ def _suited(model: str, algorithm: str, adapt: str | None) -> dict[str, Any]:
     # ProtoMAML's head starts where it is good already.
     suited = {"adapt": adapt, "inner_lr": 0.01 if algorithm == "protomaml" else 0.1}
     if model != BYTES:
-        suited |= {"iterations": 50, "outer_lr": 1e-4, "max_length": 64}
+        suited |= {"iterations": 30, "outer_lr": 1e-4, "max_length": 64}
         if adapt == "head":
             suited["inner_lr"] = 1.0
     return suited
