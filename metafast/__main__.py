@@ -26,14 +26,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cli.add_demo(
         commands.add_parser("demo", help="meta-train a Transformer to tell languages apart from five names of each")
     )
-    cli.add_adapt(
-        commands.add_parser("adapt", help="adapt a trained checkpoint to other languages or to your own data")
-    )
 
     from metafast.commands import cli as own
 
     own.add_train(commands.add_parser("train", help="meta-train a few-shot classifier on your own labelled texts"))
     own.add_evaluate(commands.add_parser("evaluate", help="its accuracy on classes that it was not trained on"))
+    own.add_adapt(
+        commands.add_parser("adapt", help="adapt a trained checkpoint to your own classes or other languages")
+    )
 
     check = commands.add_parser("check", help="compare the fused path with the reference in float64")
     check.set_defaults(run=_check)

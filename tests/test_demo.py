@@ -14,7 +14,7 @@ import torch
 
 import metafast
 from metafast.__main__ import main
-from metafast.demo.adapt import adapt
+from metafast.commands.adapt import adapt
 from metafast.demo.baseline import with_new_head
 from metafast.demo.config import Config
 from metafast.demo.data import Languages
@@ -248,7 +248,7 @@ def test_adapt_refuses(trained, texts):
         adapt(trained, texts)
     with pytest.raises(ValueError, match="shots: expected fewer than the 16 texts of 'abcd', got 16"):
         adapt(trained, {label: texts[label] for label in ("abcd", "efgh")}, shots=16)
-    with pytest.raises(ValueError, match="shots, steps: expected at least 1 and 0, got 0 and 10"):
+    with pytest.raises(ValueError, match="shots, steps: expected at least 1 and 0, got 0 and 2"):
         adapt(trained, {label: texts[label] for label in ("abcd", "efgh")}, shots=0)
     with pytest.raises(ValueError, match="checkpoint: expected a checkpoint of metafast demo or train in"):
         adapt(Folder(trained.path / "nowhere"), {"a": ["b"], "c": ["d"]})

@@ -1,1 +1,1 @@
-"""``python -m metafast train`` and ``evaluate``: few-shot classification of one's own labelled texts, without code."""
+"""``python -m metafast train | evaluate | adapt``: few-shot classification of one's own labelled texts, without code."""

@@ -1,4 +1,4 @@
-"""The command lines of ``demo`` and ``adapt``."""
+"""The command line of ``demo``."""
 
 from __future__ import annotations
 
@@ -37,28 +37,6 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_demo)
 
 
-def add_adapt(parser: argparse.ArgumentParser) -> None:
-    """Gives ``parser`` the options of ``adapt``."""
-    parser.add_argument(
-        "--checkpoint", type=Path, default=Path("runs/demo"), help="folder of a run (default: %(default)s)"
-    )
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--languages", help="codes with commas between, such as ka,hy,eo,cy,br")
-    source.add_argument(
-        "--file", type=Path, help="a file with the columns text and label: CSV, TSV, JSON or JSON lines"
-    )
-    parser.add_argument("--shots", type=int, help="texts per label to learn from (default: as in the checkpoint)")
-    parser.add_argument("--steps", type=int, default=10, help="inner steps of the adaptation (default: %(default)s)")
-    parser.add_argument(
-        "--predictions", type=Path, help="a CSV file to write with every text, its label and predictions"
-    )
-    parser.add_argument("--show", type=int, default=5, help="examples to print per label (default: %(default)s)")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="seed of the draw of the texts to learn from (default: %(default)s)"
-    )
-    parser.set_defaults(run=_adapt)
-
-
 def _demo(options: argparse.Namespace) -> int:
     from metafast.demo.run import run
 
@@ -79,27 +57,4 @@ def _demo(options: argparse.Namespace) -> int:
     print("\n" + results.table(config))
     files = (folder.result, folder.log, folder.checkpoint, folder.plot)
     print(f"\nwritten to {folder.path}: {', '.join(path.name for path in files)}")
-    return 0
-
-
-def _adapt(options: argparse.Namespace) -> int:
-    from metafast.demo.adapt import adapt, table, to_csv
-    from metafast.tasks import cldr, read_examples
-    from metafast.training.checkpoint import write
-
-    try:
-        if options.show < 0:
-            raise ValueError(f"show: expected at least 0, got {options.show}")
-        if options.file is not None:
-            texts = {label: list(of_label) for label, of_label in read_examples(options.file).items()}
-        else:
-            chosen = cldr.select(options.languages.split(","), "languages")
-            texts = {f"{cldr.english_name(code)} ({code})": list(names) for code, names in chosen.items()}
-        examples = adapt(Folder(options.checkpoint), texts, shots=options.shots, steps=options.steps, seed=options.seed)
-        if options.predictions is not None:
-            write(options.predictions, to_csv(examples).encode())
-    except (ValueError, OSError, ImportError) as error:
-        print(f"metafast adapt: {error}", file=sys.stderr)
-        return 1
-    print(table(examples, options.show))
     return 0

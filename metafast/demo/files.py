@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,20 +62,33 @@ class Folder:
         """
         if resume:
             self.expect_checkpoint()
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            probe = self.path / ".writable"
-            probe.touch()
-            probe.unlink()
+        with self._writing():
+            self._probe()
             if resume or not (self.checkpoint.exists() or self.result.exists()):
                 return None
             names = (self.path.with_name(f"{self.path.name}.previous-{number}") for number in itertools.count(1))
             moved = next(path for path in names if not path.exists())
             self.path.rename(moved)
             self.path.mkdir()
+        return str(moved)
+
+    def check_writable(self) -> None:
+        """Makes the folder where it is missing. Raises ValueError where it cannot be written."""
+        with self._writing():
+            self._probe()
+
+    def _probe(self) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        probe = self.path / ".writable"
+        probe.touch()
+        probe.unlink()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise ValueError(f"out: expected a folder that can be written, got {self.path} ({error})") from error
-        return str(moved)
 
 
 def write_json(path: Path, value: Any) -> None:

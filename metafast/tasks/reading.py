@@ -91,16 +91,17 @@ def _of_csv(path: Path, content: str, text: str, label: str) -> Iterator[Row]:
     # Iterating over a str's lines would end them at other characters, too.
     lines = (line + "\n" for line in content.split("\n"))
     reader = csv.DictReader(lines, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
-    found = reader.fieldnames or ()
-    _check_columns(str(path), found, text, label)
     try:
+        found = reader.fieldnames or ()
+        _check_columns(str(path), found, text, label)
         for row in reader:
             place = f"{path}, line {reader.line_num}"
             if None in row:
                 raise ValueError(f"{place}: expected {len(found)} columns, got {len(found) + len(row[None])}")
             yield _row(row, text, label, place)
     except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: expected CSV ({error})") from error
+        # The reader has counted the lines of whole rows; the broken one begins after them.
+        raise ValueError(f"{path}, line {reader.line_num + 1}: expected CSV ({error})") from error
 
 
 def _of_json_lines(path: Path, content: str, text: str, label: str) -> Iterator[Row]:
