@@ -31,9 +31,9 @@ from metafast.models import Encoder, SentenceClassifier
 from metafast.tasks import Tasks, Transfer, corpora
 from metafast.training import Interval, Validation, classification_loss, evaluate, fit
 
-PIECES, LENGTH, WIDTH, LAYERS = 2000, 64, 128, 1
+PIECES, LENGTH, WIDTH, LAYERS = 2000, 48, 128, 1
 VALIDATION = "ngaju"
-VALIDATION_SENTENCES, TEST_SENTENCES = 100, 200
+VALIDATION_SENTENCES, TEST_SENTENCES = 50, 100
 EXAMPLES = (8, 32)
 META_SHOTS, STEPS = 32, 3
 RATES, MORE_STEPS = (0.03, 0.1, 0.3, 1.0), (3, 10)
@@ -90,7 +90,7 @@ def measured(meta: metafast.MAML, languages: Languages, options: argparse.Namesp
         tuners = [metafast.MAML(meta.model, classification_loss, inner=SGD(lr=lr), steps=STEPS) for lr in RATES]
         candidates = []
         for tuner in tuners:
-            values = evaluate(tuner, validation, 12, steps=MORE_STEPS, tasks_per_batch=3)
+            values = evaluate(tuner, validation, 6, steps=MORE_STEPS, tasks_per_batch=3)
             candidates += [(values.interval(steps=steps).mean, steps, tuner) for steps in MORE_STEPS]
         _, steps, best = max(candidates, key=lambda candidate: candidate[0])
         values = evaluate(best, test, options.episodes, steps=[0, steps], tasks_per_batch=3)
@@ -102,7 +102,9 @@ def rows(languages: Languages, options: argparse.Namespace) -> Iterator[Row]:
     """Trains and evaluates everything."""
     torch.manual_seed(options.seed)
     encoder = Encoder(vocabulary=len(languages.tokenizer), width=WIDTH, layers=LAYERS, heads=4, max_length=LENGTH)
-    model = SentenceClassifier(encoder, 3, width=WIDTH)
+    torch.nn.init.normal_(encoder.tokens.weight, std=0.3)
+    torch.nn.init.normal_(encoder.positions.weight, std=0.05)
+    model = SentenceClassifier(encoder, 3, width=WIDTH, normalize=True, scale=4.0)
     validation = languages.tasks([VALIDATION], META_SHOTS, VALIDATION_SENTENCES, "valid")
 
     def train(meta: metafast.MAML, tasks: Tasks, lr: float, iterations: int) -> float:

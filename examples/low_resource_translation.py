@@ -71,7 +71,7 @@ def nusax(folder: Path) -> Data:
         chosen(parts["train"], corpora.NUSAX_HELD_OUT),
         chosen(parts["test"], corpora.NUSAX_HELD_OUT),
         pieces=2000,
-        length=80,
+        length=64,
     )
 
 
@@ -220,9 +220,9 @@ class Run:
         # Without an inner step, the loss of the query set is that of ordinary training.
         joint = metafast.MAML(model, translation_loss, inner=SGD(lr=0.0), steps=0)
         everything = self.tasks(training, 1, META_SHOTS)
-        seconds = self.train(joint, everything, 1e-3, options.joint, 4)
+        seconds = self.train(joint, everything, 2e-3, options.joint, 2)
         first = copy.deepcopy(model.state_dict())
-        more = seconds + self.train(joint, everything, 1e-3, options.more, 4)
+        more = seconds + self.train(joint, everything, 1e-3, options.more, 2)
         yield Row("fine-tuned", self.scores(model, WAYS), options.joint + options.more, more)
 
         model.load_state_dict(first)
@@ -270,9 +270,9 @@ def main() -> None:
     data = Path(os.environ.get("METAFAST_DATA", "../shared/data"))
     parser.add_argument("--folder", type=Path, default=data, help="folder of the data sets (default: %(default)s)")
     parser.add_argument("--data", choices=("nusax", "cldr"), default="nusax")
-    parser.add_argument("--joint", type=int, default=600, help="iterations that two rows share (default: %(default)s)")
-    parser.add_argument("--more", type=int, default=600, help="further ones of joint training (default: %(default)s)")
-    parser.add_argument("--meta", type=int, default=100, help="meta-steps of MAML (default: %(default)s)")
+    parser.add_argument("--joint", type=int, default=500, help="iterations that two rows share (default: %(default)s)")
+    parser.add_argument("--more", type=int, default=250, help="further ones of joint training (default: %(default)s)")
+    parser.add_argument("--meta", type=int, default=60, help="meta-steps of MAML (default: %(default)s)")
     parser.add_argument("--inner-lr", type=float, default=INNER_LR, help="rate of MAML's steps (default: %(default)s)")
     parser.add_argument("--sentences", type=int, default=50, help="per test language (default: %(default)s)")
     parser.add_argument("--capture", action=argparse.BooleanOptionalAction, default=True, help="record meta-steps")

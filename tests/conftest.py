@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
@@ -12,6 +13,13 @@ from metafast.backend import extension_problem
 if not torch.cuda.is_available():
     # Triton decides whether to interpret its kernels when they are defined.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_objects() -> None:
+    """Objects of packages and of tests before are not looked through again by the collector, nor by who asks it for all."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

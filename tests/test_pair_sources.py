@@ -135,6 +135,12 @@ def test_long_turns_keep_the_end_of_what_was_heard():
     assert bytes(ids) == b"fgh\x02ijk\x03"
 
 
+def test_what_was_heard_is_learned_where_asked_for():
+    support, query = next(Dialogue(PEOPLE, shots=2, queries=2, learn_heard=True).batches(4))
+    assert torch.equal(support["labels"].clamp(min=0), support["input_ids"])
+    assert (query["labels"][..., 0] == -100).all()
+
+
 def test_dialogue_with_a_tokenizer():
     tasks = Dialogue(PEOPLE, shots=1, queries=1, tokenizer=Words())
     row = tasks[0].support["input_ids"][0].tolist()

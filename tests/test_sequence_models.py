@@ -109,6 +109,15 @@ def test_copies_are_a_distribution(generator):
     assert shares[..., [0, 1, 2, 3, 6, 7, 8]].max() < 1e-6
 
 
+def test_what_follows_in_the_source_is_copied(generator):
+    model = EncoderDecoder(vocabulary=VOCABULARY, width=16, layers=1, heads=2, max_length=8, end=END)
+    with torch.no_grad():
+        model.copy_gate.bias.fill_(30.0)
+        model.copy_following.fill_(30.0)
+    source = torch.tensor([[4, 8, 6, 5, END, 0], [7, 5, END, 0, 0, 0]])
+    assert model.generate(source).tolist() == [[2, 4, 8, 6, 5, END], [2, 7, 5, END, 0, 0]]
+
+
 @pytest.mark.parametrize("capture", [False, True])
 @pytest.mark.parametrize(
     ("kind", "loss_fn", "target"), [(Decoder, language_model_loss, 6), (EncoderDecoder, translation_loss, 5)]

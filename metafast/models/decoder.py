@@ -120,6 +120,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(width, heads, 4 * width) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, vocabulary)
+        start_embeddings(self.tokens, self.positions)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Logits of the id that follows each position.
@@ -206,6 +207,12 @@ class Decoder(nn.Module):
             x, kept = layer(x, mask, cache)
             new.append(kept)
         return self.norm(x), new
+
+
+def start_embeddings(tokens: nn.Embedding, positions: nn.Embedding) -> None:
+    """Initial values: what an id is weighs more than where it is, and both less than by torch's default."""
+    nn.init.normal_(tokens.weight, std=0.3)
+    nn.init.normal_(positions.weight, std=0.05)
 
 
 def causal_mask(real: Tensor, length: int) -> Tensor:

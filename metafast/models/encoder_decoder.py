@@ -10,13 +10,10 @@ from torch import Tensor, nn
 
 from metafast.arguments import check_positive
 from metafast.models.classifier import PADDING, Encoder
-from metafast.models.decoder import Cache, DecoderLayer, causal_mask
+from metafast.models.decoder import Cache, DecoderLayer, causal_mask, start_embeddings
 from metafast.models.generation import search
 
 __all__ = ["EncoderDecoder"]
-
-NO_LABEL = -100
-"""What Hugging Face's models and torch's cross entropy take for no label."""
 
 
 class EncoderDecoder(nn.Module):
@@ -24,7 +21,8 @@ class EncoderDecoder(nn.Module):
 
     With ``copies`` the next id is, with a probability that the model computes, one of the source's ids, drawn by an
     attention to them (See et al. 2017, arXiv:1704.04368, equations 8 and 9): names and related languages are largely
-    copied.
+    copied. The attention prefers, by a learned amount, what follows in the source the id that was written last, as CopyNet
+    does (Gu et al. 2016, arXiv:1603.06393, section 3.3).
 
     Args:
         vocabulary: number of ids, of source and target; id 0 is padding.
@@ -58,11 +56,15 @@ class EncoderDecoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(width, heads, 2 * width, attends_encoder=True) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, vocabulary)
+        start_embeddings(self.tokens, self.positions)
+        start_embeddings(self.encoder.tokens, self.encoder.positions)
         self.copies = copies
         if copies:
             self.copy_query = nn.Linear(width, width)
             self.copy_key = nn.Linear(width, width)
             self.copy_gate = nn.Linear(width, 1)
+            # Its exponential is how much likelier the following id is than another one.
+            self.copy_following = nn.Parameter(torch.tensor(4.0))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor) -> Tensor:
         """Logits of every label from the source and the labels before it.
@@ -85,7 +87,7 @@ class EncoderDecoder(nn.Module):
         inputs = F.pad(labels.clamp(min=0)[:, :-1], (1, 0), value=self.start)
         positions = torch.arange(inputs.shape[1], device=inputs.device)
         states, _ = self._decode(inputs, positions, None, None, encoded, real)
-        return self._logits(states, input_ids, self._copy_keys(encoded), real)
+        return self._logits(states, inputs, input_ids, self._copy_keys(encoded), real)
 
     def generate(
         self,
@@ -123,7 +125,8 @@ class EncoderDecoder(nn.Module):
             )
             positions = torch.arange(seen, seen + ids.shape[1], device=ids.device)
             states, caches = self._decode(ids, positions, mask, caches, encoded, real)
-            return self._logits(states[:, -1:], sources, keys, real)[:, 0], ((sources, real, encoded, keys), caches)
+            logits = self._logits(states[:, -1:], ids[:, -1:], sources, keys, real)[:, 0]
+            return logits, ((sources, real, encoded, keys), caches)
 
         return search(
             step,
@@ -158,14 +161,17 @@ class EncoderDecoder(nn.Module):
         return self.norm(x), new
 
     def _copy_keys(self, encoded: Tensor) -> Tensor:
+        """Keys of the source's ids ``[n, source, width]``; without ``copies`` of width 0, since a cache holds tensors."""
         return self.copy_key(encoded) if self.copies else encoded[..., :0]
 
-    def _logits(self, states: Tensor, source: Tensor, keys: Tensor, real: Tensor) -> Tensor:
-        """``[n, target, vocabulary]`` from the decoder's states, the source's ids, and keys and mask for copying."""
+    def _logits(self, states: Tensor, inputs: Tensor, source: Tensor, keys: Tensor, real: Tensor) -> Tensor:
+        """``[n, target, vocabulary]`` from the decoder's states and ids, the source's ids, and keys and mask for copying."""
         logits = self.head(states)
         if not self.copies:
             return logits
-        scores = self.copy_query(states) @ keys.transpose(1, 2) / keys.shape[-1] ** 0.5
+        before = F.pad(source[:, :-1], (1, 0), value=self.start)
+        follows = (inputs[:, :, None] == before[:, None, :]).to(keys.dtype)
+        scores = self.copy_query(states) @ keys.transpose(1, 2) / keys.shape[-1] ** 0.5 + self.copy_following * follows
         weights = scores.masked_fill(~real[:, None, :], -1e4).softmax(-1)
         copied = torch.zeros_like(logits).scatter_add(2, source[:, None, :].expand_as(weights), weights)
         # Logarithms of the two ways' shares, so that neither's gradient vanishes where its probability is small.

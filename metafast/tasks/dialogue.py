@@ -26,6 +26,7 @@ class Dialogue(Tasks):
         people: for each person, in order, pairs of what was said to the person and what the person answered.
         shots, queries: turns in the support set and in the query set.
         tokenizer: as Hugging Face's tokenizers are called; None: bytes.
+        learn_heard: whether what was said to the person is learned from, too, in support sets: all ids are labels there.
         start, end: ids that start and end an answer; None: 2 and 3 for bytes, and of a tokenizer ``bos_token_id`` or
             ``sep_token_id``, and ``eos_token_id`` or ``sep_token_id``.
         max_length: ids of a row: the end of what was heard, at most half of them, and the beginning of the answer.
@@ -46,6 +47,7 @@ class Dialogue(Tasks):
         shots: int = 4,
         queries: int = 4,
         tokenizer: Tokenizer | None = None,
+        learn_heard: bool = False,
         start: int | None = None,
         end: int | None = None,
         max_length: int = 64,
@@ -61,6 +63,7 @@ class Dialogue(Tasks):
         self.names = tuple(checked)
         self.start = _special("start", start, tokenizer, START, "bos_token_id", "sep_token_id")
         self.end = _special("end", end, tokenizer, END, "eos_token_id", "sep_token_id")
+        self.learn_heard = learn_heard
         self.padding = {"input_ids": getattr(tokenizer, "pad_token_id", None) or 0, "labels": NO_LABEL}
         self._rows = {
             name: self._encoded(turns[: shots + queries], tokenizer, max_length) for name, turns in checked.items()
@@ -73,7 +76,10 @@ class Dialogue(Tasks):
     def __getitem__(self, number: int) -> Episode:
         """Episode ``number``: support and query of one person, without the task dimension."""
         rows = self._rows[self.person_of(number)]
-        return Episode(self._batch(rows[: self.shots]), self._batch(rows[self.shots :]))
+        support, query = rows[: self.shots], rows[self.shots :]
+        if self.learn_heard:
+            support = [(ids, ids) for ids, _ in support]
+        return Episode(self._batch(support), self._batch(query))
 
     def _encoded(
         self, turns: Sequence[Pair], tokenizer: Tokenizer | None, max_length: int
