@@ -38,7 +38,7 @@ EXAMPLES ?= 5000
 fuzz: install $(VENV)/.test
 	METAFAST_FUZZ_EXAMPLES=$(EXAMPLES) METAFAST_FULL=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist worksteal \
 	  tests/test_fuzz.py tests/test_torch_functions.py tests/test_torch_modules.py tests/test_peft.py tests/test_meta_fsdp.py \
-	  tests/test_attention_triton.py tests/test_embedding_rows.py tests/test_huggingface_table.py
+	  tests/test_attention_triton.py tests/test_embedding_rows.py tests/test_huggingface_table.py tests/test_task_update.py
 
 lint: $(VENV)/.dev
 	$(RUN) -m ruff check .

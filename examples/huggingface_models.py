@@ -271,6 +271,9 @@ def main() -> None:
     options = parser.parse_args()
 
     metafast.integrations.huggingface.register()
+    # The head of MiniLM is new, as it says at length.
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     found = cases(options.folder, options.models)
     if options.peak:
         print(peak(found[options.models[0]], options.peak))

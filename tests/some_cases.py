@@ -12,8 +12,17 @@ _RUN = os.environ.get("PYTEST_XDIST_TESTRUNUID")
 
 def half(cases):
     """Half of the cases, rounded up."""
+    return _part(cases, 2)
+
+
+def third(cases):
+    """A third of the cases, rounded up."""
+    return _part(cases, 3)
+
+
+def _part(cases, divisor):
     cases = list(cases)
-    return some(cases, -(-len(cases) // 2))
+    return some(cases, -(-len(cases) // divisor))
 
 
 def some(cases, number):

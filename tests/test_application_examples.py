@@ -106,7 +106,7 @@ def numbers(line):
 
 def test_personalised_dialogue(example, tmp_path, generator):
     persona_chat(tmp_path, generator)
-    counts = ["--joint", "20", "--more", "5", "--meta", "3", "--people", "8", "--no-capture"]
+    counts = ["--turns", "4", "--joint", "20", "--more", "5", "--meta", "3", "--people", "8", "--no-capture"]
     lines = example("personalised_dialogue", *counts, WIDTH=32, LAYERS=1, PIECES=280, LENGTH=24)
     rows = {line[:14].strip(): numbers(line[14:]) for line in lines[3:6]}
     assert list(rows) == ["one for all", "fine-tuned", "MAML"]

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from some_cases import half
+from some_cases import third
 from torch import Tensor
 
 from metafast.ops.attention import reference
@@ -352,7 +352,7 @@ SHARED_CASES = [case for case in ATTENTION_CASES if CUDA or case.rows * case.col
 CANCELLING = ("one key", "one dimension", "causal padding", "scale", "keys with an offset", "dropout")
 
 
-@pytest.mark.parametrize("case", half(SHARED_CASES), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", third(SHARED_CASES), ids=lambda case: case.name)
 def test_shared_cases(case: AttentionCase) -> None:
     assert_close_to_exact(call_of_shared(case, torch.float32), dtype=torch.float32)
 
@@ -364,12 +364,12 @@ def test_shared_cases_on_more_draws(name: str) -> None:
     assert_close_to_exact(*draws, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("case", half(LAYOUT_CASES), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", third(LAYOUT_CASES), ids=lambda case: case.name)
 def test_layouts_and_masks(case: LayoutCase) -> None:
     assert_close_to_exact(call_of_layout(case, torch.float32), dtype=torch.float32)
 
 
-@pytest.mark.parametrize("case", half(ONE_COLUMN_CASES), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", third(ONE_COLUMN_CASES), ids=lambda case: case.name)
 def test_masks_of_one_column(case: LayoutCase) -> None:
     draws = (call_of_layout(case, torch.float32, draw) for draw in range(3))
     assert_close_to_exact(*draws, dtype=torch.float32)
@@ -387,7 +387,7 @@ def test_masks_of_one_column_show_what_is_not_finite() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
-@pytest.mark.parametrize("case", half(HALF_CASES), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", third(HALF_CASES), ids=lambda case: case.name)
 def test_half_precision(case: LayoutCase, dtype: torch.dtype) -> None:
     assert_close_to_exact(call_of_layout(case, dtype), dtype=dtype)
 

@@ -275,7 +275,7 @@ def compare(model, batches, metas, loss=loss_fn, seed=None, order=2):
                 assert distance([params[name][index] for name in end], [p.detach() for p in end.values()]) < TOLERANCE
 
 
-@pytest.mark.parametrize(("method", "name"), [*CASES[: len(BASES)], *some(CASES[len(BASES) :], 10)])
+@pytest.mark.parametrize(("method", "name"), [*CASES[: len(BASES)], *some(CASES[len(BASES) :], 6)])
 def test_methods(method, name, generator, monkeypatch, caplog):
     """Side by side, captured and not; the second call of a captured learner is a replay."""
     if (method, name) == ("tokens", "gpt2"):

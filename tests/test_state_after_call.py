@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import warnings
 
 import pytest
@@ -201,6 +202,19 @@ def draw(generator):
     triangle.cache_clear()
     outside.clear()
     return lambda n=5: torch.randn(TASKS, n, 4, generator=generator, dtype=torch.float64)
+
+
+def test_a_cache_that_is_frozen_is_emptied(draw):
+    """As ``gc.freeze`` leaves the caches of all modules: the collector does not tell of them."""
+    gc.collect()
+    gc.freeze()
+    x = draw()
+    meta = learner(Cached(), capture=True)
+    loss = meta(x, x)
+    assert loss.isfinite()
+    assert type(triangle(5)) is torch.Tensor
+    assert gc.get_freeze_count() > 0
+    torch.testing.assert_close(meta(x, x), loss)
 
 
 def alive(model):

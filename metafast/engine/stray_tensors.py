@@ -72,12 +72,25 @@ def unwrapped(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def _holders(stray: Tensor) -> list[Any]:
+    """What refers to a tensor. The collector does not tell of frozen objects, such as the caches of modules."""
+    frozen = gc.get_freeze_count() > 0
+    gc.unfreeze()
+    try:
+        return gc.get_referrers(stray)
+    finally:
+        if frozen:
+            # What waits for its collection must not be kept for good.
+            gc.collect()
+            gc.freeze()
+
+
 def forget(strays: list[Tensor]) -> str:
     """Takes them out of the dicts, lists and caches that hold them, and says what these are."""
     names: set[str] = set()
     ours = {id(stray) for stray in strays}
     for stray in strays:
-        for holder in gc.get_referrers(stray):
+        for holder in _holders(stray):
             if holder is strays:
                 continue
             if isinstance(holder, _Cached):
