@@ -48,12 +48,13 @@ def loss_fn(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class Case:
-    """A model by its attention, and its tasks."""
+    """A model by its attention, and its tasks; of a large model a share of the iterations and of the test tasks."""
 
     model: Callable[[str], nn.Module]
     tasks: Sequence[Tasks]
     inner_lr: float
     outer_lr: float
+    share: float = 1.0
 
     def learner(self, attention: str = "metafast", capture: bool = False) -> metafast.MAML:
         """MAML of a new model; the same seed makes the same one."""
@@ -127,8 +128,8 @@ def cases(folder: Path, names: Sequence[str]) -> dict[str, Case]:
         tokenizer = transformers.AutoTokenizer.from_pretrained(weights)
         intents = corpora.clinc150(folder / "clinc150")
         tasks = [FewShot(part, tokenizer=tokenizer, **few_shot) for part in (intents.training, intents.test)]
-        found["LoRA on MiniLM"] = Case(minilm(weights, lora=True), tasks, 0.3, 3e-3)
-        found["MiniLM"] = Case(minilm(weights, lora=False), tasks, 0.1, 1e-4)
+        found["LoRA on MiniLM"] = Case(minilm(weights, lora=True), tasks, 0.3, 3e-3, share=0.2)
+        found["MiniLM"] = Case(minilm(weights, lora=False), tasks, 0.1, 1e-4, share=0.2)
     return {name: found[name] for name in names}
 
 
@@ -138,6 +139,7 @@ def cases(folder: Path, names: Sequence[str]) -> dict[str, Case]:
 def learned(case: Case, iterations: int, episodes: int, *, capture: bool) -> dict[str, list[float]]:
     """Query losses of test tasks before and after the inner steps: untrained, and meta-trained."""
     meta = case.learner(capture=capture)
+    iterations, episodes = (max(1, round(case.share * count)) for count in (iterations, episodes))
     found = {}
     for label, count in (("untrained", 0), ("meta-trained", iterations)):
         if count:
