@@ -15,6 +15,7 @@ from metafast.demo.config import check_seed
 from metafast.demo.files import Folder
 from metafast.engine.learners import Learners
 from metafast.tasks.few_shot import encode_examples, text_batch
+from metafast.tasks.source import padding_id
 from metafast.training.losses import inputs_of
 
 # Texts that are classified at once.
@@ -117,6 +118,6 @@ def _predicted(trained: Trained, learners: Learners, rows: Sequence[Tensor], cou
 
 def _batch(trained: Trained, rows: Sequence[Tensor], labels: Tensor) -> dict[str, Tensor]:
     """One task of encoded texts."""
-    padding = getattr(trained.tokenizer, "pad_token_id", None) or 0
+    padding = padding_id(trained.tokenizer)
     batch = text_batch(rows, labels, padding, bytewise=trained.tokenizer is None)
     return {name: leaf[None] for name, leaf in batch.items()}

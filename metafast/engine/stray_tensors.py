@@ -9,6 +9,8 @@ import functools
 import gc
 import weakref
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -72,12 +74,13 @@ def unwrapped(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _holders(stray: Tensor) -> list[Any]:
-    """What refers to a tensor. The collector does not tell of frozen objects, such as the caches of modules."""
+@contextmanager
+def _thawed() -> Iterator[None]:
+    """Inside, the collector also tells of objects that were frozen, such as the caches of modules."""
     frozen = gc.get_freeze_count() > 0
     gc.unfreeze()
     try:
-        return gc.get_referrers(stray)
+        yield
     finally:
         if frozen:
             # What waits for its collection must not be kept for good.
@@ -89,23 +92,24 @@ def forget(strays: list[Tensor]) -> str:
     """Takes them out of the dicts, lists and caches that hold them, and says what these are."""
     names: set[str] = set()
     ours = {id(stray) for stray in strays}
-    for stray in strays:
-        for holder in _holders(stray):
-            if holder is strays:
-                continue
-            if isinstance(holder, _Cached):
-                holder.cache_clear()
-                names.add(f"the cache of {holder.__module__}.{holder.__qualname__}")
-            elif isinstance(holder, dict):
-                for key in [key for key, value in holder.items() if id(value) in ours]:
-                    del holder[key]
-                    names.add(f"the entry {key!r} of a dict")
-            elif isinstance(holder, (list, deque)):
-                kept = [value for value in holder if id(value) not in ours]
-                holder.clear()
-                holder.extend(kept)
-                names.add(f"a {type(holder).__name__}")
-            elif isinstance(holder, set):
-                holder -= {value for value in holder if id(value) in ours}
-                names.add("a set")
+    with _thawed():
+        for stray in strays:
+            for holder in gc.get_referrers(stray):
+                if holder is strays:
+                    continue
+                if isinstance(holder, _Cached):
+                    holder.cache_clear()
+                    names.add(f"the cache of {holder.__module__}.{holder.__qualname__}")
+                elif isinstance(holder, dict):
+                    for key in [key for key, value in holder.items() if id(value) in ours]:
+                        del holder[key]
+                        names.add(f"the entry {key!r} of a dict")
+                elif isinstance(holder, (list, deque)):
+                    kept = [value for value in holder if id(value) not in ours]
+                    holder.clear()
+                    holder.extend(kept)
+                    names.add(f"a {type(holder).__name__}")
+                elif isinstance(holder, set):
+                    holder -= {value for value in holder if id(value) in ours}
+                    names.add("a set")
     return ", ".join(sorted(names)) or "something that Python's garbage collector does not tell"

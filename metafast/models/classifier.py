@@ -60,11 +60,7 @@ class Encoder(nn.Module):
         self, *, vocabulary: int = 256, width: int = 64, layers: int = 2, heads: int = 4, max_length: int = 32
     ) -> None:
         super().__init__()
-        sizes = {"vocabulary": vocabulary, "width": width, "layers": layers, "heads": heads}
-        for name, size in {**sizes, "max_length": max_length}.items():
-            check_positive(name, size)
-        if width % heads:
-            raise ValueError(f"width: expected a multiple of heads = {heads}, got {width}")
+        check_sizes(vocabulary=vocabulary, width=width, layers=layers, heads=heads, max_length=max_length)
         self.max_length = max_length
         self.tokens = nn.Embedding(vocabulary, width)
         self.positions = nn.Embedding(max_length, width)
@@ -93,6 +89,14 @@ class Encoder(nn.Module):
         for layer in self.layers:
             x = layer(x, real[:, None, None, :])
         return self.norm(x)
+
+
+def check_sizes(*, width: int, heads: int, **others: int) -> None:
+    """Raises TypeError or ValueError where a size is no positive int, or ``width`` is not a multiple of ``heads``."""
+    for name, size in {"width": width, "heads": heads, **others}.items():
+        check_positive(name, size)
+    if width % heads:
+        raise ValueError(f"width: expected a multiple of heads = {heads}, got {width}")
 
 
 class EncoderClassifier(Encoder):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metafast.arguments import check_positive
+from metafast.models.classifier import check_sizes
 from metafast.models.generation import search
 
 __all__ = ["Cache", "Decoder", "DecoderLayer"]
@@ -108,11 +108,7 @@ class Decoder(nn.Module):
         padding: int = 0,
     ) -> None:
         super().__init__()
-        sizes = {"vocabulary": vocabulary, "width": width, "layers": layers, "heads": heads, "max_length": max_length}
-        for name, size in sizes.items():
-            check_positive(name, size)
-        if width % heads:
-            raise ValueError(f"width: expected a multiple of heads = {heads}, got {width}")
+        check_sizes(vocabulary=vocabulary, width=width, layers=layers, heads=heads, max_length=max_length)
         self.max_length = max_length
         self.end, self.padding = end, padding
         self.tokens = nn.Embedding(vocabulary, width)
@@ -201,12 +197,20 @@ class Decoder(nn.Module):
             real = attention_mask != 0
             mask, positions = causal_mask(real, length), (real.long().cumsum(1) - 1).clamp(min=0)[:, -length:]
         x = self.tokens(input_ids) + self.positions(positions)
-        new = []
-        before: Sequence[Cache | None] = caches or [None] * len(self.layers)
-        for layer, cache in zip(self.layers, before, strict=True):
-            x, kept = layer(x, mask, cache)
-            new.append(kept)
+        x, new = through(self.layers, x, mask, caches)
         return self.norm(x), new
+
+
+def through(
+    layers: nn.ModuleList, x: Tensor, mask: Tensor | None, caches: list[Cache] | None, *encoder: Tensor
+) -> tuple[Tensor, list[Cache]]:
+    """Hidden states and caches after all layers; ``encoder`` is an encoder's states and mask."""
+    new = []
+    before: Sequence[Cache | None] = caches or [None] * len(layers)
+    for layer, cache in zip(layers, before, strict=True):
+        x, kept = layer(x, mask, cache, *encoder)
+        new.append(kept)
+    return x, new
 
 
 def start_embeddings(tokens: nn.Embedding, positions: nn.Embedding) -> None:

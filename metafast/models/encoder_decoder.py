@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metafast.arguments import check_positive
 from metafast.models.classifier import PADDING, Encoder
-from metafast.models.decoder import Cache, DecoderLayer, causal_mask, start_embeddings
+from metafast.models.decoder import Cache, DecoderLayer, start_embeddings, through
 from metafast.models.generation import search
 
 __all__ = ["EncoderDecoder"]
@@ -50,7 +47,7 @@ class EncoderDecoder(nn.Module):
         super().__init__()
         self.encoder = Encoder(vocabulary=vocabulary, width=width, layers=layers, heads=heads, max_length=max_length)
         self.start, self.end = start, end
-        self.max_length = check_positive("max_length", max_length)
+        self.max_length = max_length
         self.tokens = nn.Embedding(vocabulary, width)
         self.positions = nn.Embedding(max_length + 1, width)
         self.layers = nn.ModuleList(DecoderLayer(width, heads, 2 * width, attends_encoder=True) for _ in range(layers))
@@ -120,10 +117,9 @@ class EncoderDecoder(nn.Module):
         def step(ids: Tensor, cache: tuple[tuple[Tensor, ...], list[Cache] | None]) -> tuple[Tensor, object]:
             (sources, real, encoded, keys), caches = cache
             seen = 0 if caches is None else caches[0][0].shape[2]
-            mask = causal_mask(
-                torch.ones(len(ids), seen + ids.shape[1], dtype=torch.bool, device=ids.device), ids.shape[1]
-            )
-            positions = torch.arange(seen, seen + ids.shape[1], device=ids.device)
+            # One id follows what was seen, all of which it may attend to.
+            mask = torch.ones(1, 1, 1, seen + 1, dtype=torch.bool, device=ids.device)
+            positions = torch.tensor([seen], device=ids.device)
             states, caches = self._decode(ids, positions, mask, caches, encoded, real)
             logits = self._logits(states[:, -1:], ids[:, -1:], sources, keys, real)[:, 0]
             return logits, ((sources, real, encoded, keys), caches)
@@ -153,11 +149,7 @@ class EncoderDecoder(nn.Module):
         real: Tensor,
     ) -> tuple[Tensor, list[Cache]]:
         x = self.tokens(ids) + self.positions(positions)
-        new = []
-        before: Sequence[Cache | None] = caches or [None] * len(self.layers)
-        for layer, cache in zip(self.layers, before, strict=True):
-            x, kept = layer(x, mask, cache, encoded, real[:, None, None, :])
-            new.append(kept)
+        x, new = through(self.layers, x, mask, caches, encoded, real[:, None, None, :])
         return self.norm(x), new
 
     def _copy_keys(self, encoded: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from metafast.arguments import check_positive
 from metafast.tasks.pairs import END, NO_LABEL, START, Pair, Tokenizer, check_pairs, encode_texts, padded
-from metafast.tasks.source import Episode, Tasks, in_turn
+from metafast.tasks.source import Episode, Tasks, in_turn, padding_id
 
 __all__ = ["Dialogue"]
 
@@ -64,7 +64,7 @@ class Dialogue(Tasks):
         self.start = _special("start", start, tokenizer, START, "bos_token_id", "sep_token_id")
         self.end = _special("end", end, tokenizer, END, "eos_token_id", "sep_token_id")
         self.learn_heard = learn_heard
-        self.padding = {"input_ids": getattr(tokenizer, "pad_token_id", None) or 0, "labels": NO_LABEL}
+        self.padding = {"input_ids": padding_id(tokenizer), "labels": NO_LABEL}
         self._rows = {
             name: self._encoded(turns[: shots + queries], tokenizer, max_length) for name, turns in checked.items()
         }

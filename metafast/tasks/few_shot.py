@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from metafast.arguments import check_positive
 from metafast.tasks.examples import Examples
 from metafast.tasks.reading import read_examples
-from metafast.tasks.source import Episode, Tasks, generator_of
+from metafast.tasks.source import Episode, Tasks, generator_of, padding_id
 
 __all__ = ["FewShot"]
 
@@ -82,7 +82,7 @@ class FewShot(Tasks):
             # The last dimension of a tensor is no length.
             self.multiple = 1
         if tokenizer is not None:
-            self.padding = {"input_ids": getattr(tokenizer, "pad_token_id", None) or 0}
+            self.padding = {"input_ids": padding_id(tokenizer)}
 
     def __getitem__(self, number: int) -> Episode:
         """Episode ``number``: support and query of one task, without the task dimension."""

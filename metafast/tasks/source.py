@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from metafast.arguments import check_positive
 
-__all__ = ["Episode", "Tasks", "generator_of", "in_turn"]
+__all__ = ["Episode", "Tasks", "generator_of", "in_turn", "padding_id"]
 
 
 class Episode(NamedTuple):
@@ -31,6 +31,11 @@ def generator_of(seed: int, number: int) -> torch.Generator:
     """The random numbers of one episode, which depend on the seed and the episode's number alone."""
     digest = hashlib.blake2b(f"{seed} {number}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+
+
+def padding_id(tokenizer: Any) -> int:
+    """The id that a tokenizer of Hugging Face pads with; 0 of bytes (None), and of one that does not say."""
+    return getattr(tokenizer, "pad_token_id", None) or 0
 
 
 def in_turn(names: Sequence[str], seed: int, number: int) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 from metafast.arguments import check_positive
 from metafast.tasks.few_shot import encode_examples, text_batch
 from metafast.tasks.reading import read_examples
-from metafast.tasks.source import Episode, Tasks, generator_of, in_turn
+from metafast.tasks.source import Episode, Tasks, generator_of, in_turn, padding_id
 
 __all__ = ["Transfer"]
 
@@ -70,7 +70,7 @@ class Transfer(Tasks):
         self._texts = self._read("tasks", tasks, least, max_length)
         self._others = None if queries_from is None else self._read("queries_from", queries_from, queries, max_length)
         if tokenizer is not None:
-            self.padding = {"input_ids": getattr(tokenizer, "pad_token_id", None) or 0}
+            self.padding = {"input_ids": padding_id(tokenizer)}
 
     def task_of(self, number: int) -> str:
         """The name of an episode's task. Tasks take turns, in an order that each round draws anew."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from metafast.arguments import check_positive
 from metafast.tasks.pairs import END, NO_LABEL, Pair, Tokenizer, check_pairs, encode_texts, padded
-from metafast.tasks.source import Episode, Tasks, generator_of, in_turn
+from metafast.tasks.source import Episode, Tasks, generator_of, in_turn, padding_id
 
 __all__ = ["Translation"]
 
@@ -59,7 +59,7 @@ class Translation(Tasks):
         checked = check_pairs("pairs", pairs, least)
         self.languages = tuple(checked)
         self.padding = {
-            "input_ids": getattr(tokenizer, "pad_token_id", None) or 0,
+            "input_ids": padding_id(tokenizer),
             "labels": NO_LABEL,
         }
         self._bytewise = tokenizer is None
