@@ -189,10 +189,11 @@ def test_max_norm_of_a_table_that_all_tasks_adapt_under_vmap(generator):
 
 
 @pytest.mark.parametrize("task_batching", ["auto", "loop"])
+@pytest.mark.parametrize("others", [[nn.Linear(4, 3)], []], ids=["a layer", "alone"])
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-def test_max_norm_is_not_recorded(generator, task_batching):
+def test_max_norm_is_not_recorded(generator, others, task_batching):
     ids = torch.randint(9, (TASKS, 5), generator=generator)
-    model = nn.Sequential(nn.Embedding(9, 4, max_norm=0.7), nn.Linear(4, 3))
+    model = nn.Sequential(nn.Embedding(9, 4, max_norm=0.7), *others)
     with pytest.raises(
         NotRecordableError, match=r"the forward writes to the parameter model.0.weight \(as an embedding with"
     ):

@@ -38,7 +38,7 @@ class ReplayState:
         self._buffers = Buffers(model)
         self._attributes = Attributes(model)
         self._model = model
-        self._tables = {name: table.detach().clone() for name, table in written_parameters(model).items()}
+        self._tables = {name: _leaf(table) for name, table in written_parameters(model).items()}
 
     def forget_unchanged(self) -> None:
         """Forgets the buffers and attributes that the computation has not changed; to be called after it."""
@@ -58,10 +58,15 @@ class ReplayState:
             sparse_gradients(self._sparse),
             self._buffers.scratch(),
             self._attributes.scratch(),
-            placed(self._model, {name: table.clone() for name, table in self._tables.items()}),
+            placed(self._model, {name: _leaf(table) for name, table in self._tables.items()}),
         ):
             self._random.restore()
             yield
+
+
+def _leaf(table: Tensor) -> Tensor:
+    """A copy that requires a gradient where the parameter does: a learner may start from it."""
+    return table.detach().clone().requires_grad_(table.requires_grad)
 
 
 def written_parameters(model: nn.Module) -> dict[str, Tensor]:
