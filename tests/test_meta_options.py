@@ -420,7 +420,7 @@ def test_evaluation_builds_no_graph(net, draw):
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])
-def test_100_meta_steps_keep_nothing(net, draw, checkpoint):
+def test_500_meta_steps_keep_nothing(net, draw, checkpoint):
     meta = maml(net, checkpoint=checkpoint, inner=SGD(lr=LR, learn={"lr": "tensor_step"}))
     optimizer = torch.optim.Adam(meta.parameters(), 1e-3)
     support, query = draw(3, tasks=2), draw(3, tasks=2)
@@ -436,7 +436,7 @@ def test_100_meta_steps_keep_nothing(net, draw, checkpoint):
     gc.disable()  # what only the collector would free counts as growth
     try:
         first = tensors_after(10)
-        assert tensors_after(90) <= first
+        assert tensors_after(490) <= first
     finally:
         gc.enable()
 

@@ -66,17 +66,16 @@ def test_greedy_generation_takes_the_best_id_each_time(decoder, generator):
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0])
 def test_beams_that_hold_everything_find_the_best(translator, generator, length_penalty):
     source = F.pad(words(generator, 2, 5), (0, 1))
-    found = translator.generate(source, max_new_tokens=2, num_beams=VOCABULARY**2, length_penalty=length_penalty)
+    found = translator.generate(source, max_new_tokens=3, num_beams=VOCABULARY**3, length_penalty=length_penalty)
+    every = torch.tensor(list(itertools.product(range(VOCABULARY), repeat=3)))
+    ended = (every == END).cumsum(1) - (every == END).long() > 0
+    lengths = (~ended).sum(1)
     for row in range(2):
-        scores = {}
-        for labels in itertools.product(range(VOCABULARY), repeat=2):
-            kept = labels[: labels.index(END) + 1] if END in labels else labels
-            if kept not in scores:
-                target = torch.tensor([kept])
-                of_each = translator(source[row : row + 1], None, target).log_softmax(-1).gather(2, target[..., None])
-                scores[kept] = (of_each.sum() / len(kept) ** length_penalty).item()
-        best = max(scores, key=scores.__getitem__)
-        assert found[row].tolist() == [2, *best, *[0] * (found.shape[1] - 1 - len(best))]
+        of_each = translator(source[row].expand(len(every), -1), None, every).log_softmax(-1)
+        of_each = of_each.gather(2, every[..., None])[..., 0].masked_fill(ended, 0.0)
+        best = (of_each.sum(1) / lengths**length_penalty).argmax()
+        labels = every[best, : lengths[best]].tolist()
+        assert found[row].tolist() == [2, *labels, *[0] * (found.shape[1] - 1 - len(labels))]
 
 
 def test_more_beams_are_not_worse(translator, generator):

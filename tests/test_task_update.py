@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from some_cases import half
 from torch import Tensor
 
 from metafast.backend import BackendUnavailableError, use_backend
@@ -68,6 +67,7 @@ class Call:
         shared: Sequence[bool] = SHARED,
         dtype: torch.dtype = torch.float64,
         from_zero: float = 2.0,
+        tasks: int = TASKS,
     ) -> None:
         self.rule = rule
         self.count = len(shapes)
@@ -78,7 +78,7 @@ class Call:
         sizes = {"numbers": [], "one": [()], "a tensor": [()] * self.count, "a parameter": shapes, "mixed": mixed}[
             rates
         ]
-        rows = [(TASKS, *shape) for shape in shapes]
+        rows = [(tasks, *shape) for shape in shapes]
         params = [shape if one else row for shape, row, one in zip(shapes, rows, shared, strict=True)]
         self.tensors = randoms([*params, *rows, *rows * len(self.states), *sizes, *sizes], 0, dtype)
         # Adam and RMSprop divide the gradient by its magnitude: the derivative of g / |g| is the difference of numbers as
@@ -298,11 +298,10 @@ def test_any_inputs_give_the_exact_product_to_1e_12(rule: Any) -> None:
             assert norm_error(one, other) <= 1e-12
 
 
-@pytest.mark.parametrize(
-    ("rule", "rates"), half(itertools.product(FEW_RULES, ["numbers", "one", "a parameter"])), ids=str
-)
+@pytest.mark.parametrize("rates", ["numbers", "one", "a parameter"])
+@pytest.mark.parametrize("rule", FEW_RULES, ids=str)
 def test_derivatives_equal_finite_differences(rule: Rule, rates: str) -> None:
-    call = Call(rule, rates, shapes=[(2,), (0,)], shared=[True, False])
+    call = Call(rule, rates, shapes=[(2,), (0,), ()], shared=[True, False, False], tasks=2)
     assert torch.autograd.gradcheck(call, call.leaves(), check_forward_ad=True)
     assert torch.autograd.gradgradcheck(call, call.leaves(), check_fwd_over_rev=True)
 
