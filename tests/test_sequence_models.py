@@ -98,14 +98,23 @@ def test_source_padding_changes_nothing(translator, generator):
     torch.testing.assert_close(translator(padded, padded != 0, labels)[:, :4], expected, rtol=1e-12, atol=1e-12)
 
 
-def test_copies_are_a_distribution(generator):
+def test_copies_are_a_share_of_the_distribution(generator):
+    """Beside See et al., equation 9, where an id of the source is there twice, and padded."""
     model = EncoderDecoder(vocabulary=VOCABULARY, width=16, layers=1, heads=2, max_length=8).double()
-    with torch.no_grad():
-        model.copy_gate.bias.fill_(30.0)
-    source = torch.tensor([[4, 5, 5, 0]])
-    shares = model(source, None, torch.tensor([[6, 7]])).exp()
-    torch.testing.assert_close(shares.sum(-1), torch.ones(1, 2, dtype=torch.float64), rtol=0, atol=1e-7)
-    assert shares[..., [0, 1, 2, 3, 6, 7, 8]].max() < 1e-6
+    parts = {}
+    for name in ("head", "copy_gate", "copy_query", "copy_key"):
+        getattr(model, name).register_forward_hook(lambda _, __, output, name=name: parts.update({name: output}))
+    source = torch.tensor([[4, 5, 5, 0], [6, 4, 8, 6]])
+    labels = words(generator, 2, 3)
+    found = model(source, None, labels).softmax(-1)
+    inputs = torch.cat((torch.full((2, 1), 2), labels[:, :-1]), 1)
+    before = torch.cat((torch.full((2, 1), 2), source[:, :-1]), 1)
+    scores = parts["copy_query"] @ parts["copy_key"].mT / 4 + 4 * (inputs[:, :, None] == before[:, None, :])
+    weights = scores.masked_fill((source == 0)[:, None, :], -torch.inf).softmax(-1)
+    copied = weights @ F.one_hot(source, VOCABULARY).double()
+    share = parts["copy_gate"].sigmoid()
+    expected = (1 - share) * parts["head"].softmax(-1) + share * copied
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-8)
 
 
 def test_what_follows_in_the_source_is_copied(generator):

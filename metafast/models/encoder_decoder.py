@@ -72,7 +72,7 @@ class EncoderDecoder(nn.Module):
             labels: int64 ``[n, target]``, −100 after the end of a text.
 
         Returns:
-            ``[n, target, vocabulary]``; with ``copies`` they are logarithmic probabilities.
+            ``[n, target, vocabulary]``.
 
         Raises:
             ValueError: source or target has another rank or is too long.
@@ -165,8 +165,12 @@ class EncoderDecoder(nn.Module):
         follows = (inputs[:, :, None] == before[:, None, :]).to(keys.dtype)
         scores = self.copy_query(states) @ keys.transpose(1, 2) / keys.shape[-1] ** 0.5 + self.copy_following * follows
         weights = scores.masked_fill(~real[:, None, :], -1e4).softmax(-1)
-        copied = torch.zeros_like(logits).scatter_add(2, source[:, None, :].expand_as(weights), weights)
-        # Logarithms of the two ways' shares, so that neither's gradient vanishes where its probability is small.
-        gate = self.copy_gate(states)
-        written = F.logsigmoid(-gate) + logits.log_softmax(-1)
-        return torch.logaddexp(written, F.logsigmoid(gate) + copied.clamp(min=1e-9).log())
+        # Every id's share of the attention, at the places of the source, and what it adds to the id's logit. The sum of
+        # both ways' probabilities is taken there alone: elsewhere nothing is copied.
+        same = source[:, :, None] == source[:, None, :]
+        shares = (weights @ same.to(weights.dtype)).clamp(min=1e-9).log()
+        written = logits.gather(2, source[:, None, :].expand_as(weights))
+        copied = self.copy_gate(states) + logits.logsumexp(-1, keepdim=True) + shares
+        is_first = real & ~(same & real[:, None, :] & torch.ones_like(same).tril(-1)).any(-1)
+        added = (torch.logaddexp(written, copied) - written) * is_first[:, None, :]
+        return logits.scatter_add(2, source[:, None, :].expand_as(weights), added)
