@@ -110,6 +110,7 @@ def test_copies_are_a_share_of_the_distribution(generator):
     inputs = torch.cat((torch.full((2, 1), 2), labels[:, :-1]), 1)
     before = torch.cat((torch.full((2, 1), 2), source[:, :-1]), 1)
     scores = parts["copy_query"] @ parts["copy_key"].mT / 4 + 4 * (inputs[:, :, None] == before[:, None, :])
+    scores -= model.copy_distance * (torch.arange(3)[:, None] - torch.arange(4)).abs()
     weights = scores.masked_fill((source == 0)[:, None, :], -torch.inf).softmax(-1)
     copied = weights @ F.one_hot(source, VOCABULARY).double()
     share = parts["copy_gate"].sigmoid()

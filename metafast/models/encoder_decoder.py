@@ -17,9 +17,10 @@ class EncoderDecoder(nn.Module):
     """An :class:`metafast.models.Encoder`, and a decoder that attends to its states.
 
     With ``copies`` the next id is, with a probability that the model computes, one of the source's ids, drawn by an
-    attention to them (See et al. 2017, arXiv:1704.04368, equations 8 and 9): names and related languages are largely
-    copied. The attention prefers, by a learned amount, what follows in the source the id that was written last, as CopyNet
-    does (Gu et al. 2016, arXiv:1603.06393, section 3.3).
+    attention to them (See et al. 2017, arXiv:1704.04368, equations 4, 8 and 9): names and related languages are largely
+    copied. What is attended to also tells which id to write instead. The attention prefers, by a learned amount, what follows in the source the id that was written last, as CopyNet
+    does (Gu et al. 2016, arXiv:1603.06393, section 3.3), and by another one what is at about the same place of the source,
+    near the diagonal (Dyer et al. 2013, https://aclanthology.org/N13-1073, section 2).
 
     Args:
         vocabulary: number of ids, of source and target; id 0 is padding.
@@ -59,9 +60,12 @@ class EncoderDecoder(nn.Module):
         if copies:
             self.copy_query = nn.Linear(width, width)
             self.copy_key = nn.Linear(width, width)
+            self.copy_value = nn.Linear(width, width)
             self.copy_gate = nn.Linear(width, 1)
             # Its exponential is how much likelier the following id is than another one.
             self.copy_following = nn.Parameter(torch.tensor(4.0))
+            # Its exponential is how much less likely an id is for every place that it is further off.
+            self.copy_distance = nn.Parameter(torch.tensor(0.2))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor) -> Tensor:
         """Logits of every label from the source and the labels before it.
@@ -84,7 +88,7 @@ class EncoderDecoder(nn.Module):
         inputs = F.pad(labels.clamp(min=0)[:, :-1], (1, 0), value=self.start)
         positions = torch.arange(inputs.shape[1], device=inputs.device)
         states, _ = self._decode(inputs, positions, None, None, encoded, real)
-        return self._logits(states, inputs, input_ids, self._copy_keys(encoded), real)
+        return self._logits(states, inputs, positions, input_ids, encoded, self._copy_keys(encoded), real)
 
     def generate(
         self,
@@ -121,7 +125,7 @@ class EncoderDecoder(nn.Module):
             mask = torch.ones(1, 1, 1, seen + 1, dtype=torch.bool, device=ids.device)
             positions = torch.tensor([seen], device=ids.device)
             states, caches = self._decode(ids, positions, mask, caches, encoded, real)
-            logits = self._logits(states[:, -1:], ids[:, -1:], sources, keys, real)[:, 0]
+            logits = self._logits(states[:, -1:], ids[:, -1:], positions, sources, encoded, keys, real)[:, 0]
             return logits, ((sources, real, encoded, keys), caches)
 
         return search(
@@ -156,15 +160,31 @@ class EncoderDecoder(nn.Module):
         """Keys of the source's ids ``[n, source, width]``; without ``copies`` of width 0, since a cache holds tensors."""
         return self.copy_key(encoded) if self.copies else encoded[..., :0]
 
-    def _logits(self, states: Tensor, inputs: Tensor, source: Tensor, keys: Tensor, real: Tensor) -> Tensor:
-        """``[n, target, vocabulary]`` from the decoder's states and ids, the source's ids, and keys and mask for copying."""
-        logits = self.head(states)
+    def _logits(
+        self,
+        states: Tensor,
+        inputs: Tensor,
+        positions: Tensor,
+        source: Tensor,
+        encoded: Tensor,
+        keys: Tensor,
+        real: Tensor,
+    ) -> Tensor:
+        """``[n, target, vocabulary]`` from the decoder's states and ids, their places in the target, the source's ids and
+        states, and keys and mask for copying.
+        """
         if not self.copies:
-            return logits
+            return self.head(states)
         before = F.pad(source[:, :-1], (1, 0), value=self.start)
         follows = (inputs[:, :, None] == before[:, None, :]).to(keys.dtype)
-        scores = self.copy_query(states) @ keys.transpose(1, 2) / keys.shape[-1] ** 0.5 + self.copy_following * follows
+        # A padded source begins with its first id, wherever that is.
+        places = real.long().cumsum(1) - 1
+        distances = (positions[:, None] - places[:, None, :]).abs().to(keys.dtype)
+        scores = self.copy_query(states) @ keys.transpose(1, 2) / keys.shape[-1] ** 0.5
+        scores = scores + self.copy_following * follows - self.copy_distance * distances
         weights = scores.masked_fill(~real[:, None, :], -1e4).softmax(-1)
+        states = states + self.copy_value(weights @ encoded)
+        logits = self.head(states)
         # Every id's share of the attention, at the places of the source, and what it adds to the id's logit. The sum of
         # both ways' probabilities is taken there alone: elsewhere nothing is copied.
         same = source[:, :, None] == source[:, None, :]
