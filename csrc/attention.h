@@ -4,8 +4,8 @@
 // Shapes: query [*lead, Hq, Nq, D], key [*lead, Hk, Nk, D], value [*lead, Hk, Nk, Dv], attn_mask [*lead, Hq, Nq, Nk] (bool
 // or query's dtype; any dimension may be 1 instead), seeds int64 [*lead], statistics [*lead, Hq, Nq, 2] (the largest score of
 // a row, and the log of the sum of exp(score - that); float32, or float64 with float64 inputs). Query head h reads key head
-// h / (Hq / Hk). Row i attends to columns i - left <= j <= i + right; -1 means no limit. Any strides; out and the gradients
-// come in the memory order of what they are shaped like.
+// h / (Hq / Hk). Row i attends to columns i - left <= j <= i + right; either side may be negative, and one that is longer than
+// any tensor (2^40) is no limit. Any strides; out and the gradients come in the memory order of what they are shaped like.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

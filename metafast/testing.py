@@ -43,6 +43,7 @@ class AttentionCase:
     key_offset: float = 0.0
     dropout_p: float = 0.0
     window_size: tuple[int | None, int | None] | None = None
+    query_offset: int = 0
 
     def inputs(self, dtype: torch.dtype, generator: torch.Generator, device: str = "cpu") -> AttentionInputs:
         key_heads = self.key_heads or self.heads
@@ -77,6 +78,7 @@ class AttentionCase:
                 "scale": self.scale,
                 "enable_gqa": key_heads != self.heads,
                 "window_size": self.window_size,
+                "query_offset": self.query_offset,
             },
         )
 
@@ -180,12 +182,38 @@ ATTENTION_CASES = (
     AttentionCase("window without left end", 30, 40, 8, window_size=(None, 3)),
     AttentionCase("window of the past", 60, 30, 8, window_size=(4, -1), is_causal=True),
     AttentionCase("window under padding", 40, 40, 8, window_size=(6, 6), mask="padding"),
+    AttentionCase("causal, lower right", 23, 41, 16, is_causal=True, query_offset=18),
+    AttentionCase("causal, lower right, more rows", 41, 23, 16, is_causal=True, query_offset=-18),
+    AttentionCase("causal, offset beyond the keys", 20, 19, 8, is_causal=True, query_offset=100),
+    AttentionCase("causal, offset before the keys", 20, 19, 8, is_causal=True, query_offset=-100),
+    AttentionCase("window, lower right", 30, 70, 8, window_size=(9, 3), query_offset=40),
+    AttentionCase("window past the last key", 40, 20, 8, lead=(2, 2), window_size=(6, None), query_offset=5),
+    AttentionCase("window before the first key", 45, 30, 8, window_size=(4, 6), query_offset=-17, mask="full"),
+    AttentionCase(
+        "dropout, lower right", 21, 33, 8, heads=4, key_heads=2, is_causal=True, query_offset=12, dropout_p=0.4
+    ),
+    AttentionCase("bias, lower right", 20, 29, 8, mask="bias of heads", window_size=(12, 1), query_offset=9),
+    AttentionCase("bias of keys, lower right", 31, 19, 8, mask="bias of keys", is_causal=True, query_offset=-12),
     AttentionCase("dropout", 30, 35, 8, dropout_p=0.3),
     AttentionCase("dropout, causal grouped heads", 33, 33, 8, heads=4, key_heads=2, is_causal=True, dropout_p=0.5),
     AttentionCase("dropout and bias", 21, 18, 8, value_dim=5, lead=(2, 2), mask="bias of heads", dropout_p=0.2),
     AttentionCase("several panels", 150, 700, 32, lead=(1,), heads=1),
     AttentionCase("several panels, causal", 300, 300, 32, lead=(1,), heads=2, is_causal=True),
     AttentionCase("several panels of a window", 700, 600, 8, lead=(1,), heads=1, window_size=(50, 20)),
+    AttentionCase(
+        "several panels, lower right",
+        300,
+        700,
+        16,
+        lead=(1,),
+        heads=2,
+        key_heads=1,
+        window_size=(150, 0),
+        query_offset=400,
+    ),
+    AttentionCase(
+        "several panels, some of nothing", 700, 200, 8, lead=(1,), heads=2, is_causal=True, query_offset=-400
+    ),
     AttentionCase("several panels of a bias", 150, 600, 8, lead=(2,), heads=1, mask="bias of heads"),
 )
 

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import metafast
 from metafast.ops.attention import reference, scaled_dot_product_attention
+from metafast.ops.attention.options import NO_LIMIT
 from metafast.testing import ATTENTION_CASES, AttentionCase, relative_error, second_order
 
 pytestmark = pytest.mark.usefixtures("fused_cpu")
@@ -28,10 +29,10 @@ def attention(backend):
     return lambda *args, **kwargs: scaled_dot_product_attention(*args, **kwargs, backend=backend)
 
 
-def math_attention(query, key, value, attn_mask=None, is_causal=False, window_size=None, **options):
+def math_attention(query, key, value, attn_mask=None, is_causal=False, window_size=None, query_offset=0, **options):
     """Torch's own dense path, which is differentiable twice; it takes a mask or is_causal, not both, and no window."""
     left, right = window_size or (None, None)
-    distance = torch.arange(key.shape[-2]) - torch.arange(query.shape[-2])[:, None]
+    distance = torch.arange(key.shape[-2]) - (torch.arange(query.shape[-2]) + query_offset)[:, None]
     allowed = torch.ones_like(distance, dtype=torch.bool)
     if left not in (None, -1):
         allowed &= distance >= -left
@@ -59,7 +60,7 @@ def test_reference_is_torchs_attention(case: AttentionCase, generator: torch.Gen
             assert relative_error(value, expected[name]) < 1e-12, name
             continue
         # Torch gives NaN derivatives around a row that may attend to nothing; ours are the limit, 0.
-        assert case.mask == "full" or case.window_size is not None
+        assert case.mask == "full" or case.window_size is not None or case.query_offset < 0
         assert not name.startswith(("out", "grad_value"))
 
 
@@ -297,7 +298,7 @@ def test_opcheck(mask: str | None, generator: torch.Generator) -> None:
     bias = inputs.options["attn_mask"]
     bias = None if bias is None else bias.nan_to_num(neginf=-3.0)[None]
     seeds = torch.tensor([3, -4]) if mask else None
-    options = (bias, seeds, 2, -1, 0.25 if mask else 0.0, 0.5)
+    options = (bias, seeds, 2, NO_LIMIT, 0.25 if mask else 0.0, 0.5)
     out, statistics = ops.attention_forward(*inputs.qkv, *options)
     first = (inputs.grad_out, *inputs.qkv, out, statistics)
     tangents = (*inputs.tangents, inputs.tangent_mask[None] if mask else None)
@@ -319,7 +320,7 @@ def test_compiles_without_graph_breaks(generator: torch.Generator) -> None:
     bias = torch.randn(2, 6, 6, generator=generator, requires_grad=True)
 
     def of(backend):
-        return lambda *qkv: loss(backend, attn_mask=bias, is_causal=True, window_size=(3, None))(*qkv)
+        return lambda *qkv: loss(backend, attn_mask=bias, is_causal=True, window_size=(3, None), query_offset=1)(*qkv)
 
     compiled = torch.compile(of("auto"), fullgraph=True, backend="aot_eager")
     found = torch.autograd.grad(compiled(*qkv), (*qkv, bias))
@@ -574,6 +575,12 @@ def tensors(*shapes, dtype=torch.float32):
         (tensors((2, 4), (3, 4), (3, 4)), {"window_size": 3}, TypeError, "window_size: expected a pair"),
         (tensors((2, 4), (3, 4), (3, 4)), {"window_size": (1, 2.0)}, TypeError, "window_size: expected integers"),
         (tensors((2, 4), (3, 4), (3, 4)), {"window_size": (1, -2)}, ValueError, "window_size: expected numbers of at"),
+        (
+            tensors((2, 4), (3, 4), (3, 4)),
+            {"query_offset": 1.0},
+            TypeError,
+            "query_offset: expected an integer, got 1.0",
+        ),
         (tensors((2, 4), (3, 4), (3, 4)), {"backend": "quick"}, ValueError, "backend: expected one of 'auto', 'fused'"),
     ],
 )

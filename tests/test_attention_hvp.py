@@ -20,6 +20,7 @@ OPTIONS = {
     "causal": {"is_causal": True},
     "dropout": {"dropout_p": 0.4},
     "window": {"window_size": (2, 1)},
+    "lower right": {"is_causal": True, "query_offset": 1},
 }
 
 

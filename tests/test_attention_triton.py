@@ -16,7 +16,8 @@ from some_cases import third
 from torch import Tensor
 
 from metafast.ops.attention import reference
-from metafast.ops.attention.options import Options, Told
+from metafast.ops.attention.options import NO_LIMIT, Options, Told
+from metafast.ops.attention.validation import checked_window
 from metafast.testing import ATTENTION_CASES, AttentionCase
 
 CUDA = torch.cuda.is_available()
@@ -35,7 +36,7 @@ DEVICE = torch.device("cuda" if CUDA else "cpu")
 # besides: float32 results of a few terms are often exact in eager attention by luck.
 ALLOWED_RATIO = 2.0
 FLOOR = 1e-6
-NO_OPTIONS = (None, None, Options(left=-1, right=-1, dropout_p=0.0, scale=0.25))
+NO_OPTIONS = (None, None, Options(left=NO_LIMIT, right=NO_LIMIT, dropout_p=0.0, scale=0.25))
 NAMES = ("query", "key", "value", "mask")
 
 
@@ -53,7 +54,7 @@ class LayoutCase:
     heads: int = 2
     key_heads: int | None = None
     mask: str | None = None
-    window: tuple[int, int] = (-1, -1)
+    window: tuple[int, int] = (NO_LIMIT, NO_LIMIT)
     dropout_p: float = 0.0
     scale: float | None = None
     layout: str = "contiguous"
@@ -119,11 +120,11 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 LAYOUT_CASES = [
-    LayoutCase("ragged over several blocks", 70, 130, layout="embedded", window=(-1, 0)),
+    LayoutCase("ragged over several blocks", 70, 130, layout="embedded", window=(NO_LIMIT, 0)),
     LayoutCase("width 5, values 3", 11, 12, head_dim=5, value_dim=3, layout="embedded"),
     LayoutCase("width 64, values 5", 20, 33, head_dim=64, value_dim=5),
     LayoutCase("width 256", 17, 20, head_dim=256, heads=1),
-    LayoutCase("one head of keys", 20, 70, heads=3, key_heads=1, mask="every pair", window=(-1, 0)),
+    LayoutCase("one head of keys", 20, 70, heads=3, key_heads=1, mask="every pair", window=(NO_LIMIT, 0)),
     LayoutCase("mask of pairs", 70, 66, mask="pairs", layout="embedded"),
     LayoutCase("mask of a head's keys", 13, 17, mask="keys of a head"),
     LayoutCase("mask of whole rows", 13, 17, mask="whole rows"),
@@ -149,6 +150,10 @@ LAYOUT_CASES = [
     LayoutCase("batch broadcast", 5, 9, lead=(2,), layout="batch broadcast"),
     LayoutCase("negative scale", 13, 17, scale=-0.3),
     LayoutCase("window of few of many", 130, 200, heads=1, window=(3, 40)),
+    # Blocks that end before the first key, that begin after the last, and that no row of the block reaches.
+    LayoutCase("sides before the keys", 130, 40, heads=1, window=(60, -50), mask="additive of keys"),
+    LayoutCase("sides after the keys", 70, 130, window=(-70, 90), dropout_p=0.2, key_heads=1),
+    LayoutCase("no key between the sides", 5, 9, window=(-3, 2), mask="additive"),
     LayoutCase("large common offset of keys", 70, 66, 64, heads=1, key_offset=30.0),
 ]
 # The gradients of masks of one column are sums of whole rows of dS, zero but for rounding.
@@ -160,11 +165,11 @@ ONE_COLUMN_CASES = [
     LayoutCase("one number", 40, 40, 8, mask="additive of one"),
     LayoutCase("some rows of nothing, dropout", 20, 40, 8, key_heads=1, mask="additive of whole rows", dropout_p=0.3),
     LayoutCase("window", 60, 60, 8, heads=1, mask="additive of rows", window=(3, 2)),
-    LayoutCase("causal, offset", 33, 33, heads=1, mask="additive of whole rows", window=(-1, 0), key_offset=30.0),
+    LayoutCase("causal, offset", 33, 33, heads=1, mask="additive of whole rows", window=(NO_LIMIT, 0), key_offset=30.0),
 ]
 HALF_CASES = [
     LayoutCase("half, plain", 64, 64, 64),
-    LayoutCase("half, causal", 70, 70, 64, window=(-1, 0)),
+    LayoutCase("half, causal", 70, 70, 64, window=(NO_LIMIT, 0)),
     LayoutCase("half, grouped heads", 33, 21, 64, heads=4, key_heads=2, window=(9, 5)),
     LayoutCase("half, additive mask", 70, 66, 64, mask="additive of keys", lead=(1,), dropout_p=0.3),
     *(case for case in LAYOUT_CASES if case.name in ("width 5, values 3", "large common offset of keys")),
@@ -231,9 +236,7 @@ def call_of_shared(case: AttentionCase, dtype: torch.dtype, draw: int = 0) -> Ca
     torch.manual_seed(sum(map(ord, case.name)) + 1000 * draw)
     inputs = case.inputs(dtype, torch.default_generator)
     mask = full_rank(inputs.options["attn_mask"], inputs.query.dim())
-    left, right = (-1 if side is None else side for side in case.window_size or (None, None))
-    if case.is_causal:
-        right = 0
+    left, right = checked_window(case.window_size, case.is_causal, case.query_offset)
     scale = case.head_dim**-0.5 if case.scale is None else case.scale
     options = (mask, seeds_of(case.lead, case.dropout_p), Options(left, right, case.dropout_p, scale))
     tangent_grad_out = torch.randn(inputs.grad_out.shape).to(dtype).double()
@@ -395,7 +398,7 @@ def test_half_precision(case: LayoutCase, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_without_tangent_of_grad_out(dtype: torch.dtype) -> None:
     """None is a zero tangent: double backward."""
-    case = LayoutCase("double backward", 40, 33, mask="additive", window=(-1, 0))
+    case = LayoutCase("double backward", 40, 33, mask="additive", window=(NO_LIMIT, 0))
     assert_close_to_exact(call_of_layout(case, dtype), dtype=dtype, with_tangent_grad_out=False)
 
 
@@ -429,7 +432,7 @@ def test_dropout_drops_the_weights_that_the_reference_drops() -> None:
     seeds = torch.tensor([0, 2**63 - 1, 0x123456789ABCDEF])
     query, key = torch.zeros(3, 2, rows, 4), torch.zeros(3, 2, columns, 4)
     units, grad_out = (torch.eye(size).expand(3, 2, size, size).contiguous() for size in (columns, rows))
-    options = (None, seeds.to(DEVICE), Options(left=-1, right=-1, dropout_p=probability, scale=1.0))
+    options = (None, seeds.to(DEVICE), Options(left=NO_LIMIT, right=NO_LIMIT, dropout_p=probability, scale=1.0))
     query, key, units, grad_out = (tensor.to(DEVICE) for tensor in (query, key, units, grad_out))
     out, statistics = kernels.forward(query, key, units, *options)
     keep = reference.keep_mask(seeds, 2, rows, columns, probability)

@@ -112,7 +112,7 @@ struct Problem {
   // The most keys that a panel of so many rows reads, masks aside.
   int64_t widest(int64_t panel_rows) const {
     const int64_t aligning = 2 * products.block;
-    return left < 0 || right < 0 ? columns : std::min(columns, left + right + panel_rows + aligning);
+    return std::clamp<int64_t>(left + right + panel_rows + aligning, 0, columns);
   }
 };
 
@@ -160,8 +160,8 @@ void narrow(const Matrices<const Entry>& mask, Panel& panel, Allows allows) {
 template <typename T>
 void trim(const Problem<T>& problem, Panel& panel) {
   const int64_t last_row = panel.first + panel.count - 1;
-  panel.end = problem.right < 0 ? problem.columns : std::min(problem.columns, last_row + problem.right + 1);
-  panel.begin = problem.left < 0 ? 0 : std::clamp<int64_t>(panel.first - problem.left, 0, panel.end);
+  panel.end = std::clamp<int64_t>(last_row + problem.right + 1, 0, problem.columns);
+  panel.begin = std::clamp<int64_t>(panel.first - problem.left, 0, panel.end);
   if (problem.keep) narrow(*problem.keep, panel, [](bool keep) { return keep; });
   if (problem.bias) narrow(*problem.bias, panel, [](T bias) { return !(bias == -std::numeric_limits<T>::infinity()); });
   align(problem, panel);
@@ -175,8 +175,8 @@ struct Range {
 template <typename T>
 Range row_range(const Problem<T>& problem, const Panel& panel, int64_t i) {
   const int64_t n = panel.columns(), diagonal = panel.first + i - panel.begin;
-  const int64_t first = problem.left < 0 ? 0 : std::clamp<int64_t>(diagonal - problem.left, 0, n);
-  return {first, problem.right < 0 ? n : std::clamp<int64_t>(diagonal + problem.right + 1, first, n)};
+  const int64_t first = std::clamp<int64_t>(diagonal - problem.left, 0, n);
+  return {first, std::clamp<int64_t>(diagonal + problem.right + 1, first, n)};
 }
 
 }  // namespace metafast

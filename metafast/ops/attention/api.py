@@ -25,6 +25,7 @@ def scaled_dot_product_attention(
     enable_gqa: bool = False,
     *,
     window_size: WindowSize | None = None,
+    query_offset: int = 0,
     backend: str | None = None,
 ) -> Tensor:
     """``torch.nn.functional.scaled_dot_product_attention``, exact to second order in every mode of differentiation.
@@ -44,12 +45,15 @@ def scaled_dot_product_attention(
         dropout_p: probability of dropping an attention weight; applied whenever positive, as torch's op does. The weights
             that are dropped follow from seeds that torch's generator of the device draws, one for each index of the
             leading dimensions: the same in every pass, on every backend, and again after ``torch.manual_seed``.
-        is_causal: row i attends to columns j ≤ i (aligned at the top left), besides what ``attn_mask`` allows.
+        is_causal: row i attends to columns j ≤ i + ``query_offset``, besides what ``attn_mask`` allows.
         scale: factor of the scores, ``1 / sqrt(D)`` where None.
         enable_gqa: ``Hk`` and ``Hv`` may be any divisors of ``Hq``; query head h then reads key head ``h // (Hq // Hk)`` and
             value head ``h // (Hq // Hv)``. All have that dimension.
-        window_size: ``(left, right)``: row i attends to columns i − left ≤ j ≤ i + right only; None or −1 in it means no
-            limit on that side.
+        window_size: ``(left, right)``: row i attends to columns p − left ≤ j ≤ p + right only, where p is
+            i + ``query_offset``; None or −1 in it means no limit on that side.
+        query_offset: the position of the first row among the keys, for ``is_causal`` and ``window_size``. 0 aligns them at
+            the top left, ``Nk − Nq`` at the bottom right, as for the last queries of a longer sequence. It may be
+            negative, and beyond the last key; a row that has no key to attend to gives zeros.
         backend: ``"auto"``, ``"fused"`` or ``"reference"``; None takes :class:`metafast.use_backend`'s choice.
 
     Returns:
@@ -61,9 +65,7 @@ def scaled_dot_product_attention(
     """
     query, key, value = _autocast(query, key, value)
     check_arguments(query, key, value, attn_mask, dropout_p, enable_gqa)
-    left, right = checked_window(window_size)
-    if is_causal:
-        right = 0
+    left, right = checked_window(window_size, is_causal, query_offset)
     if scale is None:
         scale = 1.0 / math.sqrt(query.shape[-1])
     if attn_mask is not None and attn_mask.dtype != torch.bool:

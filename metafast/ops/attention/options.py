@@ -9,13 +9,18 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
+# A side of a window that limits nothing, and the bound of all others: more than any length, and few enough bits that sums
+# of sides and lengths fit into 64.
+NO_LIMIT = 2**40
+
 
 @dataclass(frozen=True)
 class Options:
     """The numbers among the options. One object on the way from the public function to the kernels.
 
     Args:
-        left, right: row i attends to columns i − left ≤ j ≤ i + right only, besides what a mask allows; −1: no limit.
+        left, right: row i attends to columns i − left ≤ j ≤ i + right only, besides what a mask allows. Either may be
+            negative; ``NO_LIMIT``: no limit.
         dropout_p: probability of dropping a weight; read where there are seeds.
         scale: factor of the scores.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metafast.ops.attention.options import Options
+from metafast.ops.attention.options import NO_LIMIT, Options
 
 # Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -42,7 +42,7 @@ def attention(
     scores = options.scale * (query @ key.transpose(-1, -2))
     if attn_mask is not None:
         scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
-    if options.left >= 0 or options.right >= 0:
+    if options.left != NO_LIMIT or options.right != NO_LIMIT:
         allowed = window(rows, columns, options.left, options.right, scores.device)
         scores = scores.masked_fill(~allowed, -torch.inf)
     # The softmax of a row of -inf is NaN, with NaN gradients; such a row is replaced before and zeroed after.
@@ -55,14 +55,9 @@ def attention(
 
 
 def window(rows: int, columns: int, left: int, right: int, device: torch.device | None = None) -> Tensor:
-    """Which columns a row may attend to, bool ``[rows, columns]``: i − left ≤ j ≤ i + right, −1 meaning no limit."""
+    """Which columns a row may attend to, bool ``[rows, columns]``: i − left ≤ j ≤ i + right."""
     distance = torch.arange(columns, device=device) - torch.arange(rows, device=device)[:, None]
-    within = torch.ones(rows, columns, dtype=torch.bool, device=device)
-    if left >= 0:
-        within = within & (distance >= -left)
-    if right >= 0:
-        within = within & (distance <= right)
-    return within
+    return (distance >= -left) & (distance <= right)
 
 
 def keep_mask(seeds: Tensor, heads: int, rows: int, columns: int, dropout_p: float) -> Tensor:

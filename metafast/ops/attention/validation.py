@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from metafast.backend import extension_problem, triton_problem
+from metafast.ops.attention.options import NO_LIMIT
 from metafast.ops.functions import is_forward_over_forward
 
 FUSED_DTYPES = {
@@ -107,19 +108,36 @@ def _check_mask(query: Tensor, key: Tensor, attn_mask: Tensor) -> None:
         raise ValueError(f"attn_mask: expected a shape that broadcasts to {full}, got {_shape(attn_mask)}")
 
 
-def checked_window(window_size: WindowSize | None) -> tuple[int, int]:
-    """Left and right of a window, −1 where there is no limit. Raises TypeError or ValueError."""
+def checked_window(window_size: WindowSize | None, is_causal: bool, query_offset: int) -> tuple[int, int]:
+    """Left and right of ``Options``: counted from a row's number, where the caller's count from its position.
+
+    Raises TypeError or ValueError.
+    """
+    if isinstance(query_offset, bool) or not isinstance(query_offset, int):
+        raise TypeError(f"query_offset: expected an integer, got {query_offset!r}")
+    left, right = _checked_sides(window_size)
+    if is_causal:
+        right = 0
+    return _shifted(left, -query_offset), _shifted(right, query_offset)
+
+
+def _shifted(side: int | None, offset: int) -> int:
+    return NO_LIMIT if side is None else max(-NO_LIMIT, min(side + offset, NO_LIMIT))
+
+
+def _checked_sides(window_size: WindowSize | None) -> tuple[int | None, int | None]:
+    """Left and right of a window, None where there is no limit."""
     if window_size is None:
-        return -1, -1
+        return None, None
     if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
         raise TypeError(f"window_size: expected a pair (left, right), got {window_size!r}")
-    sides = []
+    sides: list[int | None] = []
     for side in window_size:
         if side is not None and (isinstance(side, bool) or not isinstance(side, int)):
             raise TypeError(f"window_size: expected integers or None, got {window_size!r}")
         if side is not None and side < -1:
             raise ValueError(f"window_size: expected numbers of at least 0, or -1 for no limit, got {window_size!r}")
-        sides.append(-1 if side is None else side)
+        sides.append(None if side == -1 else side)
     return sides[0], sides[1]
 
 

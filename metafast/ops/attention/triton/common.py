@@ -39,9 +39,10 @@ class Settings(NamedTuple):
 
     One flat tuple: Triton loses the constants of tuples inside of tuples.
 
-    Row i attends to columns i - ``left`` <= j < i + ``end``; None: no limit. Not <= i + right: under a causal mask ``end``
-    is then 1, which Triton compiles as a constant. Dropout, if there are ``dropout_seeds``, one a batch, keeps a weight and
-    multiplies it by ``dropout_factor`` where its random word is at least ``dropout_threshold``. ``scale`` multiplies scores.
+    Row i attends to columns i - ``left`` <= j < i + ``end``, either of which may be negative; None: no limit. Not
+    <= i + right: under a causal mask ``end`` is then 1, which Triton compiles as a constant. Dropout, if there are
+    ``dropout_seeds``, one a batch, keeps a weight and multiplies it by ``dropout_factor`` where its random word is at least
+    ``dropout_threshold``. ``scale`` multiplies scores.
     """
 
     left: Any

@@ -18,7 +18,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from metafast.ops.attention.options import Options, Told
+from metafast.ops.attention.options import NO_LIMIT, Options, Told
 from metafast.ops.attention.triton import (
     backward,
     backward_jvp,
@@ -132,7 +132,7 @@ def _call_ops(dtype: torch.dtype, head_dim: int, everything: bool) -> None:
     tensor, scale = torch.zeros(1, 4, 512, head_dim, dtype=dtype), head_dim**-0.5
     mask, seeds = torch.zeros(1, 4, 512, 512, dtype=dtype), torch.zeros(1, dtype=torch.int64)
     options = Options(left=70, right=30, dropout_p=0.1, scale=scale)
-    causal = Options(left=-1, right=0, dropout_p=0.0, scale=scale)
+    causal = Options(left=NO_LIMIT, right=0, dropout_p=0.0, scale=scale)
     masked: Told = (mask, seeds, options) if everything else (mask, None, causal)
     told: Told = masked if everything else (None, None, causal)
     out, statistics = forward(tensor, tensor, tensor, *told)

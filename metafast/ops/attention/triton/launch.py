@@ -90,9 +90,10 @@ class Problem:
         self.dtype, self.device = query.dtype, query.device
         self.mask = self.describe_mask(attn_mask)
         self.settings = Settings(
-            # A side that limits nothing is none: the kernels have no code for it.
-            left=options.left if 0 <= options.left < self.n_queries - 1 else None,
-            end=options.right + 1 if 0 <= options.right < self.n_keys - 1 else None,
+            # A side that limits nothing is none: the kernels have no code for it. One that leaves nothing leaves nothing
+            # at a bound too, and the kernels' numbers have 32 bits.
+            left=max(options.left, -self.n_keys) if options.left < self.n_queries - 1 else None,
+            end=max(options.right + 1, -self.n_queries) if options.right < self.n_keys - 1 else None,
             dropout_seeds=None,
             dropout_threshold=None,
             dropout_factor=None,
