@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
@@ -286,6 +287,43 @@ def test_forward_over_forward_runs_on_the_reference_path(generator: torch.Genera
     assert torch.equal(found, expected)
     with pytest.raises(metafast.BackendUnavailableError, match="forward mode over forward mode"):
         jacfwd(jacfwd(loss("fused")))(*qkv)
+
+
+@pytest.mark.filterwarnings("ignore:Lower right causal bias")
+@pytest.mark.parametrize("lengths", [(7, 12), (12, 7), (9, 9)])
+@pytest.mark.parametrize("make", [causal_upper_left, causal_lower_right])
+def test_causal_biases_of_torch(make, lengths: tuple[int, int], generator: torch.Generator) -> None:
+    rows, columns = lengths
+    inputs = AttentionCase("", rows, columns, 8, heads=4, key_heads=2).inputs(torch.float64, generator)
+    bias = make(rows, columns)
+    dense = replace(inputs, options={**inputs.options, "attn_mask": bias._materialize()})
+    expected = second_order(attention("reference"), dense)
+    inputs.options["attn_mask"] = bias
+    for backend in ("fused", "reference"):
+        for name, value in second_order(attention(backend), inputs).items():
+            assert relative_error(value, expected[name]) < 1e-12, name
+
+
+def test_a_causal_bias_beside_other_options(generator: torch.Generator) -> None:
+    """It limits keys as the mask that it stands for, wherever rows stand."""
+    q, k, v = (torch.randn(2, n, 4, generator=generator, dtype=torch.float64) for n in (5, 8, 8))
+    bias = causal_lower_right(5, 8)
+    options = {"is_causal": True, "window_size": (4, 1), "query_offset": 4}
+    for given in ({}, options, {**options, "query_offset": 1}):
+        dense = scaled_dot_product_attention(q, k, v, bias._materialize(), **given, backend="reference")
+        assert relative_error(scaled_dot_product_attention(q, k, v, bias, **given, backend="fused"), dense) < 1e-12
+
+
+def test_a_causal_bias_compiles(generator: torch.Generator) -> None:
+    q, k, v = (torch.randn(2, n, 4, generator=generator, requires_grad=True) for n in (5, 8, 8))
+    bias = causal_lower_right(5, 8)
+
+    def function(q, k, v):
+        return scaled_dot_product_attention(q, k, v, bias).pow(2).sum()
+
+    found = torch.autograd.grad(torch.compile(function, fullgraph=True, backend="aot_eager")(q, k, v), (q, k, v))
+    for a, b in zip(found, torch.autograd.grad(function(q, k, v), (q, k, v)), strict=True):
+        assert relative_error(a, b) < 1e-5
 
 
 @pytest.mark.parametrize("mask", [None, "bias of heads"])
@@ -571,6 +609,12 @@ def tensors(*shapes, dtype=torch.float32):
             "attn_mask: expected dtype",
         ),
         (tensors((2, 4), (3, 4), (3, 4)), {"attn_mask": [1]}, TypeError, "attn_mask: expected a tensor"),
+        (
+            tensors((2, 4), (4, 4), (4, 4)),
+            {"attn_mask": causal_lower_right(2, 3)},
+            ValueError,
+            r"attn_mask: expected a causal bias of the lengths \(2, 4\), got one of \(2, 3\)",
+        ),
         (tensors((2, 4), (3, 4), (3, 4)), {"dropout_p": 1.5}, ValueError, "dropout_p: expected a probability"),
         (tensors((2, 4), (3, 4), (3, 4)), {"window_size": 3}, TypeError, "window_size: expected a pair"),
         (tensors((2, 4), (3, 4), (3, 4)), {"window_size": (1, 2.0)}, TypeError, "window_size: expected integers"),

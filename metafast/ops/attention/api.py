@@ -7,6 +7,7 @@ from torch import Tensor
 
 from metafast.backend import constant_when_compiled, resolve_backend
 from metafast.ops.attention import autograd, reference
+from metafast.ops.attention.causal_bias import is_causal_bias, right_of
 from metafast.ops.attention.options import Options, shared_options
 from metafast.ops.attention.shapes import aligned
 from metafast.ops.attention.validation import WindowSize, check_arguments, checked_window, reasons_against_fused
@@ -41,7 +42,8 @@ def scaled_dot_product_attention(
             heads may be one beside many, and dimensions may be missing.
         value: ``[..., Hv, Nk, Dv]``; ``Dv`` may differ from ``D``.
         attn_mask: broadcastable to ``[..., Hq, Nq, Nk]``: boolean, True where attention is allowed, or floating, added to
-            the scores and differentiable. A row that may attend to nothing gives zeros.
+            the scores and differentiable. A row that may attend to nothing gives zeros. Or what
+            ``torch.nn.attention.bias.causal_upper_left`` and ``causal_lower_right`` return, which become no mask.
         dropout_p: probability of dropping an attention weight; applied whenever positive, as torch's op does. The weights
             that are dropped follow from seeds that torch's generator of the device draws, one for each index of the
             leading dimensions: the same in every pass, on every backend, and again after ``torch.manual_seed``.
@@ -66,6 +68,8 @@ def scaled_dot_product_attention(
     query, key, value = _autocast(query, key, value)
     check_arguments(query, key, value, attn_mask, dropout_p, enable_gqa)
     left, right = checked_window(window_size, is_causal, query_offset)
+    if is_causal_bias(attn_mask):
+        right, attn_mask = min(right, right_of(attn_mask, query, key)), None
     if scale is None:
         scale = 1.0 / math.sqrt(query.shape[-1])
     if attn_mask is not None and attn_mask.dtype != torch.bool:

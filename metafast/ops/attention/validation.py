@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from metafast.backend import extension_problem, triton_problem
+from metafast.ops.attention.causal_bias import is_causal_bias
 from metafast.ops.attention.options import NO_LIMIT
 from metafast.ops.functions import is_forward_over_forward
 
@@ -56,7 +57,7 @@ def check_arguments(
     if value.shape[-2] != key.shape[-2]:
         raise ValueError(f"value: expected key's length {key.shape[-2]}, got shape {_shape(value)}")
     _check_heads(query, key, value, enable_gqa)
-    if attn_mask is not None:
+    if attn_mask is not None and not is_causal_bias(attn_mask):
         _check_mask(query, key, attn_mask)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p: expected a probability in [0, 1), got {dropout_p}")
