@@ -38,7 +38,7 @@ def prepared(peer: str, inputs: AttentionInputs) -> tuple[Callable[..., Tensor],
     if peer == "math in float32":
         inputs = inputs.to(torch.float32)
     options = dict(inputs.options)
-    window, offset = options.pop("window_size"), options.pop("query_offset")
+    window, offset, *_ = (options.pop(name) for name in ("window_size", "query_offset", "key_start", "key_length"))
     if window is not None:
         options["attn_mask"] = within(window, offset, inputs)
     return F.scaled_dot_product_attention if peer == "torch" else math, dataclasses.replace(inputs, options=options)

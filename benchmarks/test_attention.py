@@ -194,6 +194,7 @@ def memory(peer, length, device):
         # Drawn as they are used: what the case table rounds from float64 would count as the highest.
         query, key, value, grad_out, *tangents = (torch.randn(1, 8, length, 64, device=device) for _ in range(7))
         options = {"attn_mask": None, "is_causal": False, "window_size": None, "query_offset": 0}
+        options |= {"key_start": None, "key_length": None}
         return AttentionInputs(query, key, value, grad_out, tuple(tangents), None, options)
 
     torch.manual_seed(0)

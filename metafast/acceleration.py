@@ -70,7 +70,7 @@ _depth = _Depth()
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if _is_torchs(query, key, value):
-        mask = args[0] if args else kwargs.get("attn_mask")
+        mask: Any = args[0] if args else kwargs.get("attn_mask")
         if is_causal_bias(mask):
             # It tells attention from other functions by the name that is replaced.
             function = torch.nn.functional.scaled_dot_product_attention

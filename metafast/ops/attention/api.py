@@ -10,7 +10,13 @@ from metafast.ops.attention import autograd, reference
 from metafast.ops.attention.causal_bias import is_causal_bias, right_of
 from metafast.ops.attention.options import Options, shared_options
 from metafast.ops.attention.shapes import aligned
-from metafast.ops.attention.validation import WindowSize, check_arguments, checked_window, reasons_against_fused
+from metafast.ops.attention.validation import (
+    WindowSize,
+    check_arguments,
+    checked_ranges,
+    checked_window,
+    reasons_against_fused,
+)
 
 _LAST_SEED = 2**63 - 1
 
@@ -27,6 +33,8 @@ def scaled_dot_product_attention(
     *,
     window_size: WindowSize | None = None,
     query_offset: int = 0,
+    key_start: Tensor | None = None,
+    key_length: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """``torch.nn.functional.scaled_dot_product_attention``, exact to second order in every mode of differentiation.
@@ -56,6 +64,11 @@ def scaled_dot_product_attention(
         query_offset: the position of the first row among the keys, for ``is_causal`` and ``window_size``. 0 aligns them at
             the top left, ``Nk − Nq`` at the bottom right, as for the last queries of a longer sequence. It may be
             negative, and beyond the last key; a row that has no key to attend to gives zeros.
+        key_start, key_length: integer tensors that broadcast to the leading dimensions (all but heads, length and head
+            dimension): keys and values ``key_start`` ≤ j < ``key_start + key_length`` exist and no others, as in a padded
+            batch or a cache. None: from the first on, up to the last. A range may reach beyond the keys, or be empty, which
+            gives zeros. Positions count from key 0, whether it exists or not. Keys and values that do not exist have zero
+            derivatives; their entries have to be finite, as under a mask.
         backend: ``"auto"``, ``"fused"`` or ``"reference"``; None takes :class:`metafast.use_backend`'s choice.
 
     Returns:
@@ -82,12 +95,13 @@ def scaled_dot_product_attention(
         # Its broadcast dimensions stay of size 1: so does its gradient.
         attn_mask = attn_mask.reshape((1,) * (query.ndim - attn_mask.ndim) + attn_mask.shape)
     lead = query.shape[:-3]
+    key_ranges = checked_ranges(key_start, key_length, lead, key.shape[-2], query.device)
     if query.shape[-3] == 0:
         return (query.sum() + key.sum() + value.sum()).expand(*query.shape[:-1], value.shape[-1])
     seeds = torch.randint(_LAST_SEED, lead, device=query.device) if dropout_p > 0.0 else None
     function = autograd.attention if fused else reference.attention
     make_options = Options if torch.compiler.is_compiling() else shared_options
-    out = function(query, key, value, attn_mask, seeds, make_options(left, right, dropout_p, scale))
+    out = function(query, key, value, attn_mask, seeds, key_ranges, make_options(left, right, dropout_p, scale))
     return out[0] if matrices else out
 
 

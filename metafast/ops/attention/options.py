@@ -37,12 +37,14 @@ def shared_options(*numbers: Any) -> Options:
     return Options(*numbers)
 
 
-# The options of a call: ``attn_mask``, ``seeds`` of dropout, and the numbers. They end the arguments of every pass. The mask
-# alone is differentiable.
-Told: TypeAlias = tuple[Tensor | None, Tensor | None, Options]
+# The options of a call: ``attn_mask``, ``seeds`` of dropout, ``key_ranges`` (which keys exist), and the numbers. They end
+# the arguments of every pass. The mask alone is differentiable.
+Told: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None, Options]
 
 # The same as torch's dispatcher takes it, which knows no dataclass.
-SCHEMA = "Tensor? attn_mask, Tensor? seeds, " + ", ".join(f"{field.type} {field.name}" for field in fields(Options))
+SCHEMA = "Tensor? attn_mask, Tensor? seeds, Tensor? key_ranges, " + ", ".join(
+    f"{field.type} {field.name}" for field in fields(Options)
+)
 COUNT = SCHEMA.count(",") + 1
 _first_number = -len(fields(Options))
 

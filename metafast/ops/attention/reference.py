@@ -20,6 +20,7 @@ def attention(
     value: Tensor,
     attn_mask: Tensor | None,
     seeds: Tensor | None,
+    key_ranges: Tensor | None,
     options: Options,
 ) -> Tensor:
     """dropout(softmax(scale Q Kᵀ + mask)) V on dense matrices, O(Nq Nk) memory.
@@ -30,6 +31,7 @@ def attention(
         value: ``[*lead, Hk, Nk, Dv]``.
         attn_mask: None, or boolean (True: may attend) or floating (added), broadcastable to ``[*lead, Hq, Nq, Nk]``.
         seeds: of the dropout, int64 ``[*lead]``; see :func:`keep_mask`. None without dropout.
+        key_ranges: int64 ``[*lead, 2]``: the first key that exists, and the one after the last. None where all exist.
         options: the numbers, see :class:`Options`.
 
     Returns:
@@ -45,6 +47,10 @@ def attention(
     if options.left != NO_LIMIT or options.right != NO_LIMIT:
         allowed = window(rows, columns, options.left, options.right, scores.device)
         scores = scores.masked_fill(~allowed, -torch.inf)
+    if key_ranges is not None:
+        column = torch.arange(columns, device=scores.device)
+        begin, end = key_ranges[..., None, None, :1], key_ranges[..., None, None, 1:]
+        scores = scores.masked_fill((column < begin) | (column >= end), -torch.inf)
     # The softmax of a row of -inf is NaN, with NaN gradients; such a row is replaced before and zeroed after.
     attends = (scores != -torch.inf).any(-1, keepdim=True)
     weights = torch.softmax(scores.masked_fill(~attends, 0.0), -1).masked_fill(~attends, 0.0)

@@ -122,6 +122,46 @@ def checked_window(window_size: WindowSize | None, is_causal: bool, query_offset
     return _shifted(left, -query_offset), _shifted(right, query_offset)
 
 
+def checked_ranges(
+    key_start: Tensor | None, key_length: Tensor | None, lead: torch.Size, columns: int, device: torch.device
+) -> Tensor | None:
+    """``key_ranges`` of the options: which keys exist, in tensors whose leading dimensions are ``lead``.
+
+    Raises TypeError or ValueError. Numbers are not looked at, which would wait for a GPU; they are cut to the keys.
+    """
+    for name, tensor in (("key_start", key_start), ("key_length", key_length)):
+        if tensor is not None:
+            _check_numbers_of_lead(name, tensor, lead, device)
+    if key_start is None:
+        if key_length is None:
+            return None
+        key_start = torch.zeros_like(key_length)
+    begin = key_start.to(torch.int64).clamp(-NO_LIMIT, NO_LIMIT)
+    end = (
+        torch.full_like(begin, columns) if key_length is None else begin + key_length.to(torch.int64).clamp(0, NO_LIMIT)
+    )
+    ranges = torch.stack(torch.broadcast_tensors(begin, end), -1).clamp(0, columns)
+    return ranges.expand(*lead, 2)
+
+
+def _check_numbers_of_lead(name: str, tensor: Tensor, lead: torch.Size, device: torch.device) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor or None, got {type(tensor).__name__}")
+    if tensor.dtype == torch.bool or tensor.is_floating_point() or tensor.is_complex():
+        raise TypeError(f"{name}: expected an integer dtype, got {tensor.dtype}")
+    if tensor.device != device:
+        raise ValueError(f"{name}: expected query's device {device}, got {tensor.device}")
+    try:
+        fits = torch.broadcast_shapes(tensor.shape, lead) == lead
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"{name}: expected a shape that broadcasts to the leading dimensions {tuple(lead)}, which are all but heads, "
+            f"length and head_dim, got {_shape(tensor)}"
+        )
+
+
 def _shifted(side: int | None, offset: int) -> int:
     return NO_LIMIT if side is None else max(-NO_LIMIT, min(side + offset, NO_LIMIT))
 

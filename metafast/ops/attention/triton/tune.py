@@ -44,7 +44,7 @@ def tune(dtypes: Iterable[torch.dtype], head_dims: Iterable[int], lengths: Itera
 def _call_ops(dtype: torch.dtype, head_dim: int, length: int, right: int) -> None:
     heads = max(16, 16 * TOKENS // length)
     query, key, value, grad_out = (torch.randn(1, heads, length, head_dim, device="cuda").to(dtype) for _ in range(4))
-    told: Told = (None, None, Options(left=NO_LIMIT, right=right, dropout_p=0.0, scale=head_dim**-0.5))
+    told: Told = (None, None, None, Options(left=NO_LIMIT, right=right, dropout_p=0.0, scale=head_dim**-0.5))
     out, statistics = forward(query, key, value, *told)
     backward(grad_out, query, key, value, out, statistics, *told)
     backward_jvp(grad_out, query, key, value, out, statistics, query, key, value, None, None, *told)
