@@ -38,14 +38,15 @@ def prepared(peer: str, inputs: AttentionInputs) -> tuple[Callable[..., Tensor],
     if peer == "math in float32":
         inputs = inputs.to(torch.float32)
     options = dict(inputs.options)
-    window = options.pop("window_size")
+    window, offset, *_ = (options.pop(name) for name in ("window_size", "query_offset", "key_start", "key_length"))
     if window is not None:
-        options["attn_mask"] = within(window, inputs.query.shape[-2], inputs.query.device)
+        options["attn_mask"] = within(window, offset, inputs)
     return F.scaled_dot_product_attention if peer == "torch" else math, dataclasses.replace(inputs, options=options)
 
 
-def within(window: tuple[int, int], length: int, device: torch.device) -> Tensor:
-    distance = torch.arange(length, device=device) - torch.arange(length, device=device)[:, None]
+def within(window: tuple[int, int], offset: int, inputs: AttentionInputs) -> Tensor:
+    rows, columns, device = inputs.query.shape[-2], inputs.key.shape[-2], inputs.query.device
+    distance = torch.arange(columns, device=device) - torch.arange(offset, offset + rows, device=device)[:, None]
     return (distance >= -window[0]) & (distance <= window[1])
 
 

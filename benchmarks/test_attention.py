@@ -38,6 +38,11 @@ MASKS = {
     # Added to the scores, with a gradient of its own.
     "bias": {"mask": "bias of heads"},
 }
+# (batch x heads, queries, keys, head dimension): the last queries of a long sequence, each with a window of keys before it.
+# Bars in float32, for time and memory, against a dense mask.
+LAST_QUERIES = [(8, 1024, 9216, head_dim) for head_dim in (64, 80, 96)]
+LOCAL = {"window_size": (8191, 0), "query_offset": 8192}
+LOCAL_BARS = 3.0, 20
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 DTYPES = [torch.float32, torch.bfloat16, *([torch.float16] if CUDA else [])]
 PEERS = {
@@ -91,8 +96,9 @@ ORDERS = {"forward": forward, "backward": backward, "second": second, "jvp": jvp
 
 
 def draw(shape, dtype, device, mask="") -> AttentionInputs:
-    heads, length, head_dim = shape
-    case = AttentionCase("", length, length, head_dim, lead=(1,), heads=heads, **MASKS.get(mask, {}))
+    heads, *lengths, head_dim = shape
+    options = {**MASKS, "local": LOCAL}.get(mask, {})
+    case = AttentionCase("", lengths[0], lengths[-1], head_dim, lead=(1,), heads=heads, **options)
     return case.inputs(dtype, torch.Generator().manual_seed(0), device)
 
 
@@ -116,7 +122,9 @@ def skip_what_cannot_run(peer, order, dtype, device, compiling):
         pytest.skip("FlexAttention takes torch.compile half a minute: --compile")
 
 
-def bar_of(order, shape, dtype, peer):
+def bar_of(order, shape, dtype, peer, mask):
+    if mask:
+        return LOCAL_BARS[0] if mask == "local" else None
     length = shape[1]
     if order == "backward" and peer == "torch" and shape != OVERHEAD:
         return 0.9
@@ -139,7 +147,7 @@ def compare_with(peer, order, shape, dtype, device, compiling, measure, mask="")
         # A peer without a gradient for the mask gives the first ones.
         errors = [relative_error(value, exact) for value, exact in zip(found, expected, strict=False)]
         assert max(errors) < TOLERANCES[dtype], (name, errors)
-    bar = bar_of(order, shape, dtype, peer) if not mask else None
+    bar = bar_of(order, shape, dtype, peer, mask)
     measure("metafast", lambda: run(*own), {peer: lambda: run(*others)}, {peer: bar})
 
 
@@ -167,15 +175,26 @@ def test_mask(mask, order, peer, measure, device, compiling, benchmark):
     compare_with(peer, order, shape, torch.float32, device, compiling, measure, mask)
 
 
+@pytest.mark.parametrize("shape", LAST_QUERIES, ids=name_of)
+def test_last_queries(shape, measure, device, benchmark):
+    benchmark.group = f"attention second local float32 {name_of(shape)}"
+    compare_with("math", "second", shape, torch.float32, device, False, measure, "local")
+
+
+@pytest.mark.parametrize("shape", LAST_QUERIES, ids=name_of)
+def test_memory_of_last_queries(shape, compare, device, benchmark):
+    benchmark.group = f"attention memory, second local float32 {name_of(shape)}"
+    found = memories(shape, device)
+    benchmark.pedantic(lambda: None)
+    benchmark.extra_info["what"] = "metafast"
+    compare("memory", "math", found["metafast"]["peak"], found["math"]["peak"], LOCAL_BARS[1])
+
+
 @pytest.mark.parametrize("length", [1024, 2048, 4096])
 def test_memory(length, compare, device, benchmark):
-    """Above what the process holds with the inputs; on the CPU resident memory, which sees the scratch of our threads."""
     benchmark.group = f"attention memory, second float32 8x{length}x64"
-    found = {}
-    for name in ("math", "metafast"):
-        found[name] = in_a_fresh_process(__file__, name, str(length), device)
+    found = memories((8, length, 64), device)
     benchmark.pedantic(lambda: None)
-    assert found["metafast"]["norm"] == pytest.approx(found["math"]["norm"], rel=1e-4)
     benchmark.extra_info["what"] = "metafast"
     benchmark.extra_info["plot"] = {
         "figure": "attention",
@@ -187,18 +206,32 @@ def test_memory(length, compare, device, benchmark):
     compare("memory", "math", found["metafast"]["peak"], found["math"]["peak"], bar)
 
 
-def memory(peer, length, device):
+def memories(shape, device):
+    """Above what the process holds with the inputs; on the CPU resident memory, which sees the scratch of our threads."""
+    found = {
+        name: in_a_fresh_process(__file__, name, ",".join(map(str, shape)), device) for name in ("math", "metafast")
+    }
+    assert found["metafast"]["norm"] == pytest.approx(found["math"]["norm"], rel=1e-4)
+    return found
+
+
+def memory(peer, shape, device):
     """In this process: the most that a second-order step held, after a small one has loaded what every step needs."""
 
-    def inputs(length):
+    def inputs(heads, rows, columns, head_dim):
         # Drawn as they are used: what the case table rounds from float64 would count as the highest.
-        query, key, value, grad_out, *tangents = (torch.randn(1, 8, length, 64, device=device) for _ in range(7))
-        options = {"attn_mask": None, "is_causal": False, "window_size": None}
+        query, key, value, grad_out, *tangents = (
+            torch.randn(1, heads, length, head_dim, device=device)
+            for length in (rows, columns, columns, rows, rows, columns, columns)
+        )
+        options = {"attn_mask": None, "is_causal": False, "window_size": None, "query_offset": 0}
+        options |= {"key_start": None, "key_length": None, **(LOCAL if shape in LAST_QUERIES else {})}
         return AttentionInputs(query, key, value, grad_out, tuple(tangents), None, options)
 
+    heads, *lengths, head_dim = shape
     torch.manual_seed(0)
-    second(*prepared(peer, inputs(64)))
-    function, given = prepared(peer, inputs(length))
+    second(*prepared(peer, inputs(heads, 64, 64, head_dim)))
+    function, given = prepared(peer, inputs(heads, lengths[0], lengths[-1], head_dim))
     before = torch.cuda.memory_allocated() if device == "cuda" else highest_memory()
     results = second(function, given)
     return {"peak": highest_memory(device) - before, "norm": sum(x.norm().item() for x in results)}
@@ -301,4 +334,4 @@ def test_long_step(measure, device, benchmark):
 
 
 if __name__ == "__main__":
-    print(json.dumps(memory(sys.argv[1], int(sys.argv[2]), sys.argv[3])))
+    print(json.dumps(memory(sys.argv[1], tuple(map(int, sys.argv[2].split(","))), sys.argv[3])))

@@ -2,10 +2,12 @@
 // metafast/ops/attention/library.py, the formulas and their names in metafast/ops/attention/README.md.
 //
 // Shapes: query [*lead, Hq, Nq, D], key [*lead, Hk, Nk, D], value [*lead, Hk, Nk, Dv], attn_mask [*lead, Hq, Nq, Nk] (bool
-// or query's dtype; any dimension may be 1 instead), seeds int64 [*lead], statistics [*lead, Hq, Nq, 2] (the largest score of
-// a row, and the log of the sum of exp(score - that); float32, or float64 with float64 inputs). Query head h reads key head
-// h / (Hq / Hk). Row i attends to columns i - left <= j <= i + right; -1 means no limit. Any strides; out and the gradients
-// come in the memory order of what they are shaped like.
+// or query's dtype; any dimension may be 1 instead), seeds int64 [*lead], key_ranges int64 [*lead, 2], statistics
+// [*lead, Hq, Nq, 2] (the largest score of a row, and the log of the sum of exp(score - that); float32, or float64 with float64
+// inputs). Query head h reads key head h / (Hq / Hk). Row i attends to columns i - left <= j <= i + right; either side may be
+// negative, and one that is longer than any tensor (2^40) is no limit. Of the keys only those from the first number of
+// key_ranges on exist, up to the second and without it; 0 <= first <= second <= Nk. Any strides; out and the gradients come in
+// the memory order of what they are shaped like.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -22,7 +24,7 @@ using torch::stable::Tensor;
 // What all passes are told besides their tensors. The fields are in the order of the schemas, as are their types below; the
 // same list in Python is metafast/ops/attention/options.py.
 struct Options {
-  std::optional<Tensor> attn_mask, seeds;
+  std::optional<Tensor> attn_mask, seeds, key_ranges;
   int64_t left, right;
   double dropout_p, scale;
 };
@@ -30,7 +32,8 @@ struct Options {
 template <class...>
 struct List;
 
-using OptionTypes = List<const std::optional<Tensor>&, const std::optional<Tensor>&, int64_t, int64_t, double, double>;
+using OptionTypes = List<
+    const std::optional<Tensor>&, const std::optional<Tensor>&, const std::optional<Tensor>&, int64_t, int64_t, double, double>;
 
 // An op is written once, as a function of the results that it is given, the options and its tensors, which returns the results.
 // Where it is given none, it makes them.

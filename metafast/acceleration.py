@@ -31,6 +31,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from metafast import computed_once
 from metafast.ops.attention import scaled_dot_product_attention
+from metafast.ops.attention.causal_bias import is_causal_bias
 from metafast.ops.batching import FUNCTIONS, METHODS
 from metafast.ops.layers import cumulative_batch_norm
 from metafast.ops.layers.embedding import embedding, embedding_bag
@@ -69,6 +70,12 @@ _depth = _Depth()
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if _is_torchs(query, key, value):
+        mask: Any = args[0] if args else kwargs.get("attn_mask")
+        if is_causal_bias(mask):
+            # It tells attention from other functions by the name that is replaced.
+            function = torch.nn.functional.scaled_dot_product_attention
+            result: Tensor = mask.__torch_function__(function, (type(mask),), (query, key, value, *args), kwargs)
+            return result
         return _torch_attention(query, key, value, *args, **kwargs)
     return computed_once.call(scaled_dot_product_attention, query, key, value, *args, **kwargs)
 

@@ -43,6 +43,10 @@ class AttentionCase:
     key_offset: float = 0.0
     dropout_p: float = 0.0
     window_size: tuple[int | None, int | None] | None = None
+    query_offset: int = 0
+    # Whether key_start and key_length are drawn; some of the keys that they let exist are none.
+    has_start: bool = False
+    has_length: bool = False
 
     def inputs(self, dtype: torch.dtype, generator: torch.Generator, device: str = "cpu") -> AttentionInputs:
         key_heads = self.key_heads or self.heads
@@ -59,6 +63,7 @@ class AttentionCase:
         tangents = tuple(_normal(tuple(x.shape), generator) for x in (query, key, value))
         grad_out = _normal((*query.shape[:-1], value_dim), generator)
         mask = self._mask(generator)
+        start, length = self._start_and_length(generator)
         tangent_mask = _normal(tuple(mask.shape), generator) if mask is not None and self.differentiates_mask else None
         if mask is not None:
             mask = mask.to(device, torch.bool if mask.dtype == torch.bool else dtype)
@@ -77,12 +82,25 @@ class AttentionCase:
                 "scale": self.scale,
                 "enable_gqa": key_heads != self.heads,
                 "window_size": self.window_size,
+                "query_offset": self.query_offset,
+                "key_start": None if start is None else start.to(device),
+                "key_length": None if length is None else length.to(device),
             },
         )
 
     @property
     def differentiates_mask(self) -> bool:
         return self.mask is not None and self.mask.startswith("bias")
+
+    def _start_and_length(self, generator: torch.Generator) -> tuple[Tensor | None, Tensor | None]:
+        start, length = None, None
+        if self.has_start:
+            # The same for all but the last of the leading dimensions; perhaps before the first key.
+            start = torch.randint(-2, self.columns, self.lead[-1:], generator=generator)
+        if self.has_length:
+            length = torch.randint(1, self.columns + 2, self.lead, generator=generator, dtype=torch.int32)
+            length.view(-1)[-1:] = 0
+        return start, length
 
     def _mask(self, generator: torch.Generator) -> Tensor | None:
         shape = {
@@ -180,12 +198,51 @@ ATTENTION_CASES = (
     AttentionCase("window without left end", 30, 40, 8, window_size=(None, 3)),
     AttentionCase("window of the past", 60, 30, 8, window_size=(4, -1), is_causal=True),
     AttentionCase("window under padding", 40, 40, 8, window_size=(6, 6), mask="padding"),
+    AttentionCase("causal, lower right", 23, 41, 16, is_causal=True, query_offset=18),
+    AttentionCase("causal, lower right, more rows", 41, 23, 16, is_causal=True, query_offset=-18),
+    AttentionCase("causal, offset beyond the keys", 20, 19, 8, is_causal=True, query_offset=100),
+    AttentionCase("causal, offset before the keys", 20, 19, 8, is_causal=True, query_offset=-100),
+    AttentionCase("window, lower right", 30, 70, 8, window_size=(9, 3), query_offset=40),
+    AttentionCase("window past the last key", 40, 20, 8, lead=(2, 2), window_size=(6, None), query_offset=5),
+    AttentionCase("window before the first key", 45, 30, 8, window_size=(4, 6), query_offset=-17, mask="full"),
+    AttentionCase(
+        "dropout, lower right", 21, 33, 8, heads=4, key_heads=2, is_causal=True, query_offset=12, dropout_p=0.4
+    ),
+    AttentionCase("bias, lower right", 20, 29, 8, mask="bias of heads", window_size=(12, 1), query_offset=9),
+    AttentionCase("bias of keys, lower right", 31, 19, 8, mask="bias of keys", is_causal=True, query_offset=-12),
+    AttentionCase("key length", 20, 39, 8, lead=(2, 2), has_length=True),
+    AttentionCase("key start", 20, 39, 8, lead=(3,), heads=4, key_heads=2, has_start=True),
+    AttentionCase("key range", 33, 40, 16, lead=(2, 2), heads=1, value_dim=9, has_start=True, has_length=True),
+    AttentionCase("key range, no lead", 20, 39, 8, lead=(), has_start=True),
+    AttentionCase("key range, lower right", 21, 40, 8, lead=(3,), is_causal=True, query_offset=19, has_start=True),
+    AttentionCase("key length, window", 50, 40, 8, window_size=(9, 4), query_offset=-5, has_length=True),
+    AttentionCase("key range under a mask", 20, 39, 8, lead=(3,), mask="full", has_start=True, has_length=True),
+    AttentionCase("key range and dropout", 20, 39, 8, dropout_p=0.3, has_start=True),
+    AttentionCase("key length and bias", 20, 39, 8, mask="bias of heads", has_length=True, dropout_p=0.2),
+    AttentionCase("key range and bias of keys", 35, 20, 8, mask="bias of keys", has_start=True),
     AttentionCase("dropout", 30, 35, 8, dropout_p=0.3),
     AttentionCase("dropout, causal grouped heads", 33, 33, 8, heads=4, key_heads=2, is_causal=True, dropout_p=0.5),
     AttentionCase("dropout and bias", 21, 18, 8, value_dim=5, lead=(2, 2), mask="bias of heads", dropout_p=0.2),
     AttentionCase("several panels", 150, 700, 32, lead=(1,), heads=1),
     AttentionCase("several panels, causal", 300, 300, 32, lead=(1,), heads=2, is_causal=True),
     AttentionCase("several panels of a window", 700, 600, 8, lead=(1,), heads=1, window_size=(50, 20)),
+    AttentionCase(
+        "several panels, lower right",
+        300,
+        700,
+        16,
+        lead=(1,),
+        heads=2,
+        key_heads=1,
+        window_size=(150, 0),
+        query_offset=400,
+    ),
+    AttentionCase(
+        "several panels, some of nothing", 700, 200, 8, lead=(1,), heads=2, is_causal=True, query_offset=-400
+    ),
+    AttentionCase(
+        "several panels of a key range", 300, 700, 16, lead=(3,), heads=2, key_heads=1, has_start=True, has_length=True
+    ),
     AttentionCase("several panels of a bias", 150, 600, 8, lead=(2,), heads=1, mask="bias of heads"),
 )
 

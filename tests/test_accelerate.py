@@ -6,12 +6,14 @@ import sys
 import threading
 import types
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention as imported_early
 from torch.utils.checkpoint import checkpoint
 
@@ -255,6 +257,27 @@ def test_names_in_modules_made_by_hand() -> None:
         assert source.attend is TORCHS[0]
     finally:
         del sys.modules["made_by_hand"]
+
+
+@pytest.mark.parametrize("as_keyword", [False, True])
+def test_causal_biases_of_torch(as_keyword: bool) -> None:
+    """Where the call is ours, and where another thread keeps torch's while the names are replaced."""
+    query, key = torch.randn(1, 2, 5, 4, requires_grad=True), torch.randn(1, 2, 8, 4)
+    bias = causal_lower_right(5, 8)
+
+    def attend(mask: torch.Tensor) -> torch.Tensor:
+        if as_keyword:
+            return F.scaled_dot_product_attention(query, key, key, attn_mask=mask)
+        return F.scaled_dot_product_attention(query, key, key, mask)
+
+    expected = attend(bias._materialize())
+    with metafast.accelerate(nn.Identity()):
+        out = attend(bias)
+        assert torch.autograd.grad(out.sum(), query, create_graph=True)[0].requires_grad
+        with ThreadPoolExecutor(1) as pool:
+            torchs = pool.submit(attend, bias).result()
+    for found in (out, torchs, attend(bias)):
+        torch.testing.assert_close(found, expected)
 
 
 def test_nested_tensors_keep_torchs_attention() -> None:

@@ -13,11 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 import metafast
 from metafast.ops.attention import reference, scaled_dot_product_attention
+from metafast.ops.attention.options import NO_LIMIT
 from metafast.testing import ATTENTION_CASES, AttentionCase, relative_error, second_order
 
 pytestmark = pytest.mark.usefixtures("fused_cpu")
@@ -28,10 +30,21 @@ def attention(backend):
     return lambda *args, **kwargs: scaled_dot_product_attention(*args, **kwargs, backend=backend)
 
 
-def math_attention(query, key, value, attn_mask=None, is_causal=False, window_size=None, **options):
+def math_attention(
+    query,
+    key,
+    value,
+    attn_mask=None,
+    is_causal=False,
+    window_size=None,
+    query_offset=0,
+    key_start=None,
+    key_length=None,
+    **options,
+):
     """Torch's own dense path, which is differentiable twice; it takes a mask or is_causal, not both, and no window."""
     left, right = window_size or (None, None)
-    distance = torch.arange(key.shape[-2]) - torch.arange(query.shape[-2])[:, None]
+    distance = torch.arange(key.shape[-2]) - (torch.arange(query.shape[-2]) + query_offset)[:, None]
     allowed = torch.ones_like(distance, dtype=torch.bool)
     if left not in (None, -1):
         allowed &= distance >= -left
@@ -39,6 +52,12 @@ def math_attention(query, key, value, attn_mask=None, is_causal=False, window_si
         allowed &= distance <= right
     if is_causal:
         allowed &= distance <= 0
+    column = torch.arange(key.shape[-2])
+    start = torch.tensor(0) if key_start is None else key_start[..., None, None, None]
+    if key_start is not None:
+        allowed = allowed & (column >= start)
+    if key_length is not None:
+        allowed = allowed & (column < start + key_length[..., None, None, None])
     if attn_mask is None:
         attn_mask = allowed
     elif attn_mask.dtype == torch.bool:
@@ -59,7 +78,13 @@ def test_reference_is_torchs_attention(case: AttentionCase, generator: torch.Gen
             assert relative_error(value, expected[name]) < 1e-12, name
             continue
         # Torch gives NaN derivatives around a row that may attend to nothing; ours are the limit, 0.
-        assert case.mask == "full" or case.window_size is not None
+        assert (
+            case.mask == "full"
+            or case.window_size is not None
+            or case.query_offset < 0
+            or case.has_start
+            or case.has_length
+        )
         assert not name.startswith(("out", "grad_value"))
 
 
@@ -174,8 +199,8 @@ def loss(backend, **options):
     return lambda *qkv: scaled_dot_product_attention(*qkv, **options, backend=backend).pow(3).sum()
 
 
-def gradient_norm(backend):
-    return lambda *qkv: sum(g.pow(2).sum() for g in grad(loss(backend), (0, 1, 2))(*qkv))
+def gradient_norm(backend, **options):
+    return lambda *qkv: sum(g.pow(2).sum() for g in grad(loss(backend, **options), (0, 1, 2))(*qkv))
 
 
 # Each takes a backend, tensors of one more dimension than attention needs, and directions for one entry.
@@ -287,6 +312,100 @@ def test_forward_over_forward_runs_on_the_reference_path(generator: torch.Genera
         jacfwd(jacfwd(loss("fused")))(*qkv)
 
 
+@pytest.mark.filterwarnings("ignore:Lower right causal bias")
+@pytest.mark.parametrize("lengths", [(7, 12), (12, 7), (9, 9)])
+@pytest.mark.parametrize("make", [causal_upper_left, causal_lower_right])
+def test_causal_biases_of_torch(make, lengths: tuple[int, int], generator: torch.Generator) -> None:
+    rows, columns = lengths
+    inputs = AttentionCase("", rows, columns, 8, heads=4, key_heads=2).inputs(torch.float64, generator)
+    bias = make(rows, columns)
+    dense = replace(inputs, options={**inputs.options, "attn_mask": bias._materialize()})
+    expected = second_order(attention("reference"), dense)
+    inputs.options["attn_mask"] = bias
+    for backend in ("fused", "reference"):
+        for name, value in second_order(attention(backend), inputs).items():
+            assert relative_error(value, expected[name]) < 1e-12, name
+
+
+def test_a_causal_bias_beside_other_options(generator: torch.Generator) -> None:
+    """It limits keys as the mask that it stands for, wherever rows stand."""
+    q, k, v = (torch.randn(2, n, 4, generator=generator, dtype=torch.float64) for n in (5, 8, 8))
+    bias = causal_lower_right(5, 8)
+    options = {"is_causal": True, "window_size": (4, 1), "query_offset": 4}
+    for given in ({}, options, {**options, "query_offset": 1}):
+        dense = scaled_dot_product_attention(q, k, v, bias._materialize(), **given, backend="reference")
+        assert relative_error(scaled_dot_product_attention(q, k, v, bias, **given, backend="fused"), dense) < 1e-12
+
+
+def test_a_causal_bias_compiles(generator: torch.Generator) -> None:
+    q, k, v = (torch.randn(2, n, 4, generator=generator, requires_grad=True) for n in (5, 8, 8))
+    bias = causal_lower_right(5, 8)
+
+    def function(q, k, v):
+        return scaled_dot_product_attention(q, k, v, bias).pow(2).sum()
+
+    found = torch.autograd.grad(torch.compile(function, fullgraph=True, backend="aot_eager")(q, k, v), (q, k, v))
+    for a, b in zip(found, torch.autograd.grad(function(q, k, v), (q, k, v)), strict=True):
+        assert relative_error(a, b) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("start", "length", "existing"),
+    [
+        (2, None, range(2, 6)),
+        (None, 4, range(4)),
+        (2, 3, range(2, 5)),
+        (-2, 5, range(3)),
+        (-9, 5, ()),
+        (4, 100, range(4, 6)),
+        (100, 3, ()),
+        (1, -1, ()),
+        (-(2**63), 2**63 - 1, ()),
+        (2**62, 2**63 - 1, ()),
+        (0, 2**63 - 1, range(6)),
+    ],
+)
+def test_which_keys_exist(start, length, existing) -> None:
+    """Ranges are cut to the keys; the weights are read off values that are the identity."""
+    q, k, v = torch.zeros(1, 1, 2, 3), torch.zeros(1, 1, 6, 3), torch.eye(6)[None, None]
+    start, length = (None if number is None else torch.tensor([number]) for number in (start, length))
+    for backend in ("fused", "reference"):
+        out = scaled_dot_product_attention(q, k, v, key_start=start, key_length=length, backend=backend)
+        assert [column for column in range(6) if out[0, 0, 1, column] > 0] == list(existing)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
+def test_key_lengths_broadcast(dtype: torch.dtype, generator: torch.Generator) -> None:
+    q, k, v = (torch.randn(2, 3, 2, n, 4, generator=generator, dtype=torch.float64) for n in (5, 7, 7))
+    for shape in ((2, 3), (3,), (2, 1), (1, 1), ()):
+        length = torch.randint(1, 8, shape, generator=generator, dtype=dtype)
+        mask = torch.arange(7) < length[..., None, None, None]
+        expected = scaled_dot_product_attention(q, k, v, mask, backend="reference")
+        found = scaled_dot_product_attention(q, k, v, key_length=length, backend="fused")
+        assert relative_error(found, expected) < 1e-12
+
+
+def test_vmap_over_key_ranges(generator: torch.Generator) -> None:
+    x = tuple(torch.randn(3, 2, 2, n, 4, generator=generator, dtype=torch.float64) for n in (5, 7, 7))
+    start, length = torch.tensor([[0, 2], [3, 0], [1, 1]]), torch.tensor([4, 5])
+    for in_dims, starts in (
+        ((0, 0, 0, 0), start),
+        ((0, 0, 0, 1), start.T),
+        ((0, 0, 0, None), start[0]),
+        ((None,) * 3 + (0,), start),
+    ):
+        inputs = x if in_dims[0] == 0 else tuple(y[0] for y in x)
+
+        def gradients(q, k, v, start, backend):
+            return grad(gradient_norm(backend, key_start=start, key_length=length), (0, 1, 2))(q, k, v)
+
+        found, expected = (
+            vmap(lambda *args, b=b: gradients(*args, b), in_dims)(*inputs, starts) for b in ("fused", "reference")
+        )
+        for a, b in zip(found, expected, strict=True):
+            assert relative_error(a, b) < 1e-12
+
+
 @pytest.mark.parametrize("mask", [None, "bias of heads"])
 def test_opcheck(mask: str | None, generator: torch.Generator) -> None:
     import metafast.ops.attention.library  # noqa: F401
@@ -297,7 +416,8 @@ def test_opcheck(mask: str | None, generator: torch.Generator) -> None:
     bias = inputs.options["attn_mask"]
     bias = None if bias is None else bias.nan_to_num(neginf=-3.0)[None]
     seeds = torch.tensor([3, -4]) if mask else None
-    options = (bias, seeds, 2, -1, 0.25 if mask else 0.0, 0.5)
+    ranges = torch.tensor([[1, 5], [0, 6]]) if mask else None
+    options = (bias, seeds, ranges, 2, NO_LIMIT, 0.25 if mask else 0.0, 0.5)
     out, statistics = ops.attention_forward(*inputs.qkv, *options)
     first = (inputs.grad_out, *inputs.qkv, out, statistics)
     tangents = (*inputs.tangents, inputs.tangent_mask[None] if mask else None)
@@ -317,9 +437,10 @@ def test_opcheck(mask: str | None, generator: torch.Generator) -> None:
 def test_compiles_without_graph_breaks(generator: torch.Generator) -> None:
     qkv = [torch.randn(2, 2, 6, 4, generator=generator, requires_grad=True) for _ in range(3)]
     bias = torch.randn(2, 6, 6, generator=generator, requires_grad=True)
+    options = {"is_causal": True, "window_size": (3, None), "query_offset": 1, "key_length": torch.tensor([4, 6])}
 
     def of(backend):
-        return lambda *qkv: loss(backend, attn_mask=bias, is_causal=True, window_size=(3, None))(*qkv)
+        return lambda *qkv: loss(backend, attn_mask=bias, **options)(*qkv)
 
     compiled = torch.compile(of("auto"), fullgraph=True, backend="aot_eager")
     found = torch.autograd.grad(compiled(*qkv), (*qkv, bias))
@@ -570,10 +691,41 @@ def tensors(*shapes, dtype=torch.float32):
             "attn_mask: expected dtype",
         ),
         (tensors((2, 4), (3, 4), (3, 4)), {"attn_mask": [1]}, TypeError, "attn_mask: expected a tensor"),
+        (
+            tensors((2, 4), (4, 4), (4, 4)),
+            {"attn_mask": causal_lower_right(2, 3)},
+            ValueError,
+            r"attn_mask: expected a causal bias of the lengths \(2, 4\), got one of \(2, 3\)",
+        ),
         (tensors((2, 4), (3, 4), (3, 4)), {"dropout_p": 1.5}, ValueError, "dropout_p: expected a probability"),
         (tensors((2, 4), (3, 4), (3, 4)), {"window_size": 3}, TypeError, "window_size: expected a pair"),
         (tensors((2, 4), (3, 4), (3, 4)), {"window_size": (1, 2.0)}, TypeError, "window_size: expected integers"),
         (tensors((2, 4), (3, 4), (3, 4)), {"window_size": (1, -2)}, ValueError, "window_size: expected numbers of at"),
+        (
+            tensors((2, 4), (3, 4), (3, 4)),
+            {"query_offset": 1.0},
+            TypeError,
+            "query_offset: expected an integer, got 1.0",
+        ),
+        (tensors((2, 4), (3, 4), (3, 4)), {"key_start": 1}, TypeError, "key_start: expected a tensor or None, got int"),
+        (
+            tensors((2, 4), (3, 4), (3, 4)),
+            {"key_length": torch.tensor(1.0)},
+            TypeError,
+            "key_length: expected an integer dtype, got torch.float32",
+        ),
+        (
+            tensors((2, 4), (3, 4), (3, 4)),
+            {"key_length": torch.tensor(1, device="meta")},
+            ValueError,
+            "key_length: expected query's device cpu, got meta",
+        ),
+        (
+            tensors((2, 1, 2, 4), (2, 1, 3, 4), (2, 1, 3, 4)),
+            {"key_start": torch.tensor([1, 2, 3])},
+            ValueError,
+            r"key_start: expected a shape that broadcasts to the leading dimensions \(2,\), .* got \(3,\)",
+        ),
         (tensors((2, 4), (3, 4), (3, 4)), {"backend": "quick"}, ValueError, "backend: expected one of 'auto', 'fused'"),
     ],
 )

@@ -20,6 +20,8 @@ OPTIONS = {
     "causal": {"is_causal": True},
     "dropout": {"dropout_p": 0.4},
     "window": {"window_size": (2, 1)},
+    "lower right": {"is_causal": True, "query_offset": 1},
+    "key range": {"key_start": torch.tensor([1, 0]), "key_length": torch.tensor([4, 0])},
 }
 
 

@@ -16,7 +16,8 @@ from some_cases import third
 from torch import Tensor
 
 from metafast.ops.attention import reference
-from metafast.ops.attention.options import Options, Told
+from metafast.ops.attention.options import NO_LIMIT, Options, Told
+from metafast.ops.attention.validation import checked_ranges, checked_window
 from metafast.testing import ATTENTION_CASES, AttentionCase
 
 CUDA = torch.cuda.is_available()
@@ -35,7 +36,7 @@ DEVICE = torch.device("cuda" if CUDA else "cpu")
 # besides: float32 results of a few terms are often exact in eager attention by luck.
 ALLOWED_RATIO = 2.0
 FLOOR = 1e-6
-NO_OPTIONS = (None, None, Options(left=-1, right=-1, dropout_p=0.0, scale=0.25))
+NO_OPTIONS = (None, None, None, Options(left=NO_LIMIT, right=NO_LIMIT, dropout_p=0.0, scale=0.25))
 NAMES = ("query", "key", "value", "mask")
 
 
@@ -53,8 +54,9 @@ class LayoutCase:
     heads: int = 2
     key_heads: int | None = None
     mask: str | None = None
-    window: tuple[int, int] = (-1, -1)
+    window: tuple[int, int] = (NO_LIMIT, NO_LIMIT)
     dropout_p: float = 0.0
+    ranges: bool = False
     scale: float | None = None
     layout: str = "contiguous"
     key_offset: float = 0.0
@@ -119,11 +121,11 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 LAYOUT_CASES = [
-    LayoutCase("ragged over several blocks", 70, 130, layout="embedded", window=(-1, 0)),
+    LayoutCase("ragged over several blocks", 70, 130, layout="embedded", window=(NO_LIMIT, 0)),
     LayoutCase("width 5, values 3", 11, 12, head_dim=5, value_dim=3, layout="embedded"),
     LayoutCase("width 64, values 5", 20, 33, head_dim=64, value_dim=5),
     LayoutCase("width 256", 17, 20, head_dim=256, heads=1),
-    LayoutCase("one head of keys", 20, 70, heads=3, key_heads=1, mask="every pair", window=(-1, 0)),
+    LayoutCase("one head of keys", 20, 70, heads=3, key_heads=1, mask="every pair", window=(NO_LIMIT, 0)),
     LayoutCase("mask of pairs", 70, 66, mask="pairs", layout="embedded"),
     LayoutCase("mask of a head's keys", 13, 17, mask="keys of a head"),
     LayoutCase("mask of whole rows", 13, 17, mask="whole rows"),
@@ -149,6 +151,20 @@ LAYOUT_CASES = [
     LayoutCase("batch broadcast", 5, 9, lead=(2,), layout="batch broadcast"),
     LayoutCase("negative scale", 13, 17, scale=-0.3),
     LayoutCase("window of few of many", 130, 200, heads=1, window=(3, 40)),
+    # Blocks that end before the first key, that begin after the last, and that no row of the block reaches.
+    LayoutCase("sides before the keys", 130, 40, heads=1, window=(60, -50), mask="additive of keys"),
+    LayoutCase("sides after the keys", 70, 130, window=(-70, 90), dropout_p=0.2, key_heads=1),
+    LayoutCase("no key between the sides", 5, 9, window=(-3, 2), mask="additive"),
+    # Blocks of which no key exists, before, after and between others, for some batches alone.
+    LayoutCase("key ranges", 40, 200, lead=(3,), heads=1, ranges=True),
+    LayoutCase(
+        "key ranges of grouped heads", 70, 130, lead=(2,), key_heads=1, ranges=True, window=(60, 20), dropout_p=0.2
+    ),
+    LayoutCase("key ranges under a mask of keys", 20, 200, lead=(2, 2), heads=1, ranges=True, mask="additive of keys"),
+    LayoutCase(
+        "key ranges under a mask of lead", 5, 130, lead=(2, 2), heads=1, ranges=True, mask="additive of inner lead"
+    ),
+    LayoutCase("key ranges under one number", 20, 130, lead=(2,), heads=1, ranges=True, mask="additive of one"),
     LayoutCase("large common offset of keys", 70, 66, 64, heads=1, key_offset=30.0),
 ]
 # The gradients of masks of one column are sums of whole rows of dS, zero but for rounding.
@@ -160,12 +176,13 @@ ONE_COLUMN_CASES = [
     LayoutCase("one number", 40, 40, 8, mask="additive of one"),
     LayoutCase("some rows of nothing, dropout", 20, 40, 8, key_heads=1, mask="additive of whole rows", dropout_p=0.3),
     LayoutCase("window", 60, 60, 8, heads=1, mask="additive of rows", window=(3, 2)),
-    LayoutCase("causal, offset", 33, 33, heads=1, mask="additive of whole rows", window=(-1, 0), key_offset=30.0),
+    LayoutCase("causal, offset", 33, 33, heads=1, mask="additive of whole rows", window=(NO_LIMIT, 0), key_offset=30.0),
 ]
 HALF_CASES = [
     LayoutCase("half, plain", 64, 64, 64),
-    LayoutCase("half, causal", 70, 70, 64, window=(-1, 0)),
+    LayoutCase("half, causal", 70, 70, 64, window=(NO_LIMIT, 0)),
     LayoutCase("half, grouped heads", 33, 21, 64, heads=4, key_heads=2, window=(9, 5)),
+    LayoutCase("half, key ranges", 33, 150, 64, lead=(2,), heads=1, ranges=True),
     LayoutCase("half, additive mask", 70, 66, 64, mask="additive of keys", lead=(1,), dropout_p=0.3),
     *(case for case in LAYOUT_CASES if case.name in ("width 5, values 3", "large common offset of keys")),
     *(case for case in ONE_COLUMN_CASES if case.name in ("one key, 60 rows", "several blocks")),
@@ -201,6 +218,16 @@ def seeds_of(lead: tuple[int, ...], dropout_p: float) -> Tensor | None:
     return torch.randint(2**63 - 1, lead) if dropout_p > 0.0 else None
 
 
+def ranges_of(case: LayoutCase) -> Tensor | None:
+    """Two numbers an index of lead; the last has no key, where there is another."""
+    if not case.ranges:
+        return None
+    ranges = torch.randint(case.columns + 1, (*case.lead, 2)).sort(-1).values
+    if ranges.numel() > 2:
+        ranges.view(-1, 2)[-1, 0] = ranges.view(-1, 2)[-1, 1]
+    return ranges
+
+
 def tangent_of(mask: Tensor | None) -> Tensor | None:
     additive = mask is not None and mask.dtype != torch.bool
     return torch.randn(mask.shape).to(mask.dtype) if additive else None
@@ -222,7 +249,7 @@ def call_of_layout(case: LayoutCase, dtype: torch.dtype, draw: int = 0) -> Call:
         key, tangent_key = ((tensor + offset).to(dtype).double() for tensor in (key, tangent_key))
     mask = full_rank(None if case.mask is None else MASKS[case.mask](case), query.dim())
     numbers = Options(*case.window, case.dropout_p, case.scale or case.head_dim**-0.5)
-    options = (mask, seeds_of(case.lead, case.dropout_p), numbers)
+    options = (mask, seeds_of(case.lead, case.dropout_p), ranges_of(case), numbers)
     tangents = (tangent_query, tangent_key, tangent_value)
     return Call((query, key, value), grad_out, tangents, tangent_of(mask), tangent_grad_out, options, case.layout)
 
@@ -231,11 +258,11 @@ def call_of_shared(case: AttentionCase, dtype: torch.dtype, draw: int = 0) -> Ca
     torch.manual_seed(sum(map(ord, case.name)) + 1000 * draw)
     inputs = case.inputs(dtype, torch.default_generator)
     mask = full_rank(inputs.options["attn_mask"], inputs.query.dim())
-    left, right = (-1 if side is None else side for side in case.window_size or (None, None))
-    if case.is_causal:
-        right = 0
+    left, right = checked_window(case.window_size, case.is_causal, case.query_offset)
     scale = case.head_dim**-0.5 if case.scale is None else case.scale
-    options = (mask, seeds_of(case.lead, case.dropout_p), Options(left, right, case.dropout_p, scale))
+    start, length = inputs.options["key_start"], inputs.options["key_length"]
+    ranges = checked_ranges(start, length, torch.Size(case.lead), case.columns, torch.device("cpu"))
+    options = (mask, seeds_of(case.lead, case.dropout_p), ranges, Options(left, right, case.dropout_p, scale))
     tangent_grad_out = torch.randn(inputs.grad_out.shape).to(dtype).double()
     doubles = inputs.to(torch.float64)
     return Call(doubles.qkv, doubles.grad_out, doubles.tangents, tangent_of(mask), tangent_grad_out, options)
@@ -275,10 +302,11 @@ def kernel_results(call: Call, dtype: torch.dtype, with_tangent_grad_out: bool) 
     primals, tangents = [*map(place, call.primals)], [*map(place, call.tangents)]
     grad_out = place(call.grad_out)
     tangent_grad_out = place(call.tangent_grad_out) if with_tangent_grad_out else None
-    mask, tangent_mask, seeds = (
-        None if tensor is None else tensor.to(DEVICE) for tensor in (call.attn_mask, call.tangent_mask, call.options[1])
+    mask, tangent_mask, seeds, ranges = (
+        None if tensor is None else tensor.to(DEVICE)
+        for tensor in (call.attn_mask, call.tangent_mask, *call.options[1:3])
     )
-    options = (mask, seeds, *call.options[2:])
+    options = (mask, seeds, ranges, *call.options[3:])
     out, statistics = kernels.forward(*primals, *options)
     assert out.dtype == dtype
     assert statistics.dtype == torch.float32
@@ -395,7 +423,7 @@ def test_half_precision(case: LayoutCase, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_without_tangent_of_grad_out(dtype: torch.dtype) -> None:
     """None is a zero tangent: double backward."""
-    case = LayoutCase("double backward", 40, 33, mask="additive", window=(-1, 0))
+    case = LayoutCase("double backward", 40, 33, mask="additive", window=(NO_LIMIT, 0))
     assert_close_to_exact(call_of_layout(case, dtype), dtype=dtype, with_tangent_grad_out=False)
 
 
@@ -429,7 +457,7 @@ def test_dropout_drops_the_weights_that_the_reference_drops() -> None:
     seeds = torch.tensor([0, 2**63 - 1, 0x123456789ABCDEF])
     query, key = torch.zeros(3, 2, rows, 4), torch.zeros(3, 2, columns, 4)
     units, grad_out = (torch.eye(size).expand(3, 2, size, size).contiguous() for size in (columns, rows))
-    options = (None, seeds.to(DEVICE), Options(left=-1, right=-1, dropout_p=probability, scale=1.0))
+    options = (None, seeds.to(DEVICE), None, Options(left=NO_LIMIT, right=NO_LIMIT, dropout_p=probability, scale=1.0))
     query, key, units, grad_out = (tensor.to(DEVICE) for tensor in (query, key, units, grad_out))
     out, statistics = kernels.forward(query, key, units, *options)
     keep = reference.keep_mask(seeds, 2, rows, columns, probability)

@@ -38,27 +38,32 @@ print(json.dumps([row._asdict() for row in compile_kernels([90], [torch.bfloat16
 VARIANTS = {
     "grouped heads, additive mask of one leading dimension, causal, no tangents of mask and grad_out": """
         query, key, value = torch.zeros(2, 3, 4, 70, 64), torch.zeros(2, 3, 2, 50, 64), torch.zeros(2, 3, 2, 50, 16)
-        options, tangents = (torch.ones(1, 3, 1, 1, 50), None, Options(-1, 0, 0.0, 1.0)), (None, None)
+        options, tangents = (torch.ones(1, 3, 1, 1, 50), None, None, Options(NO_LIMIT, 0, 0.0, 1.0)), (None, None)
     """,
     "one key, width 1, additive mask of rows, window": """
         query, key, value = torch.zeros(1, 9, 1), torch.zeros(1, 1, 1), torch.zeros(1, 1, 1)
         mask = torch.zeros(1, 9, 1)
-        options, tangents = (mask, None, Options(3, 2, 0.0, 1.0)), (mask, torch.zeros(1, 9, 1))
+        options, tangents = (mask, None, None, Options(3, 2, 0.0, 1.0)), (mask, torch.zeros(1, 9, 1))
     """,
-    "dropout, one number for a mask, window": """
+    "dropout, one number for a mask, window at an offset": """
         query = key = value = torch.zeros(2, 2, 200, 64, dtype=torch.float16)
         mask, seeds = torch.zeros(1, 1, 1, 1), torch.zeros(2, dtype=torch.int64)
-        options, tangents = (mask, seeds, Options(30, 20, 0.7, 1.0)), (mask, query)
+        options, tangents = (mask, seeds, None, Options(-30, 90, 0.7, 1.0)), (mask, query)
+    """,
+    "key ranges, additive mask of keys, causal": """
+        query = key = value = torch.zeros(2, 2, 200, 64, dtype=torch.bfloat16)
+        mask, ranges = torch.zeros(1, 1, 1, 200, dtype=torch.bfloat16), torch.zeros(2, 2, dtype=torch.int64)
+        options, tangents = (mask, None, ranges, Options(NO_LIMIT, 7, 0.0, 1.0)), (mask, query)
     """,
     "boolean mask, dropout": """
         query = key = value = torch.zeros(2, 2, 40, 32, dtype=torch.bfloat16)
         mask, seeds = torch.ones(2, 1, 40, 40, dtype=torch.bool), torch.zeros(2, dtype=torch.int64)
-        options, tangents = (mask, seeds, Options(-1, -1, 0.1, 1.0)), (None, None)
+        options, tangents = (mask, seeds, None, Options(NO_LIMIT, NO_LIMIT, 0.1, 1.0)), (None, None)
     """,
 }
 COMPILE = """
 import json, torch
-from metafast.ops.attention.options import Options
+from metafast.ops.attention.options import NO_LIMIT, Options
 from metafast.ops.attention.triton import backward, backward_jvp, forward, mask_backward, mask_backward_jvp
 from metafast.ops.attention.triton.compile import compiling_for
 

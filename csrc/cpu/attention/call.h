@@ -61,6 +61,7 @@ class Call {
         is_bfloat16_(query_.scalar_type() == ScalarType::BFloat16) {
     if (options.attn_mask) options_.attn_mask.emplace(as_read(*options.attn_mask));
     if (options.seeds) options_.seeds.emplace(torch::stable::contiguous(*options.seeds));
+    if (options.key_ranges) options_.key_ranges.emplace(torch::stable::contiguous(*options.key_ranges));
   }
 
   const Tensor query, key, value;

@@ -107,17 +107,20 @@ class Scratch {
     return {slices, slice_of_rows_};
   }
 
+  // Lays out the keys of a head that its rows reach.
   void move_to(int64_t batch, int64_t key_head) {
     if (batch == batch_ && key_head == key_head_) return;
     batch_ = batch;
     key_head_ = key_head;
+    const auto [begin, end] = aligned(problem_, problem_.reached(batch, 0, problem_.rows));
     for (size_t i = 0; i < keys_.size(); ++i) {
       const auto& [matrices, depth, layout] = keys_[i];
       if (!matrices) continue;
-      const T* keys = matrices->at(batch, key_head);
-      const int64_t key_stride = matrices->row_stride, columns = problem_.columns;
-      if (layout & in_blocks) problem_.products.pack(columns, depth, keys, key_stride, memory_.get() + blocks_[i]);
-      if (layout & in_slices) problem_.products.slice(columns, depth, keys, key_stride, memory_.get() + slices_[i], slice_of_keys_);
+      const int64_t key_stride = matrices->row_stride;
+      const T* keys = matrices->at(batch, key_head) + begin * key_stride;
+      T *blocked = memory_.get() + blocks_[i] + begin * depth, *sliced = memory_.get() + slices_[i] + begin * problem_.products.block;
+      if (layout & in_blocks) problem_.products.pack(end - begin, depth, keys, key_stride, blocked);
+      if (layout & in_slices) problem_.products.slice(end - begin, depth, keys, key_stride, sliced, slice_of_keys_);
     }
   }
 

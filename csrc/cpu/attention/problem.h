@@ -68,6 +68,11 @@ const Products<T>& products_for(bool bfloat16, int64_t depth, int64_t value_dept
   return products<T>();
 }
 
+// Keys, or columns of a panel: [first, last).
+struct Range {
+  int64_t first, last;
+};
+
 // What the passes have in common: sizes, what may be attended to, and the scale.
 template <typename T>
 struct Problem {
@@ -92,6 +97,12 @@ struct Problem {
       dropout = Dropout{static_cast<const int64_t*>(options.seeds->data_ptr()), uint32_t(std::min(threshold, words - 1)),
                         1.0 / (1.0 - options.dropout_p)};
     }
+    longest = columns;
+    if (options.key_ranges) {
+      key_ranges = static_cast<const int64_t*>(options.key_ranges->data_ptr());
+      longest = 0;
+      for (int64_t batch = 0; batch < batches; ++batch) longest = std::max(longest, existing(batch).last - existing(batch).first);
+    }
     if (!options.attn_mask) return;
     if (options.attn_mask->scalar_type() == torch::headeronly::ScalarType::Bool) keep.emplace(*options.attn_mask, lead);
     else bias.emplace(*options.attn_mask, lead);
@@ -105,14 +116,28 @@ struct Problem {
   const Products<T>& products;
   int64_t batches = 1, heads, key_heads, rows, columns, depth, value_depth;
   int64_t left, right;
+  const int64_t* key_ranges = nullptr;  // two numbers a batch
+  int64_t longest;                      // the most keys that exist in a batch
   T scale;
 
   int64_t group() const { return key_heads > 0 ? heads / key_heads : 1; }
 
+  // The keys of a batch that exist.
+  Range existing(int64_t batch) const {
+    return key_ranges ? Range{key_ranges[2 * batch], key_ranges[2 * batch + 1]} : Range{0, columns};
+  }
+
+  // The keys of a batch that some of the rows [first, first + count) may attend to, masks aside.
+  Range reached(int64_t batch, int64_t first, int64_t count) const {
+    const auto [begin, end] = existing(batch);
+    const int64_t last = std::clamp(first + count + right, begin, end);
+    return {std::clamp(first - left, begin, last), last};
+  }
+
   // The most keys that a panel of so many rows reads, masks aside.
   int64_t widest(int64_t panel_rows) const {
     const int64_t aligning = 2 * products.block;
-    return left < 0 || right < 0 ? columns : std::min(columns, left + right + panel_rows + aligning);
+    return std::clamp<int64_t>(std::min(left + right + panel_rows, longest) + aligning, 0, columns);
   }
 };
 
@@ -129,13 +154,12 @@ struct Panel {
   int64_t columns() const { return end - begin; }
 };
 
-// Widens a panel to whole blocks of the products. The keys that this adds are forbidden like others inside the panel.
+// Keys in whole blocks of the products; none where there are none.
 template <typename T>
-void align(const Problem<T>& problem, Panel& panel) {
-  if (panel.columns() == 0) return;
+Range aligned(const Problem<T>& problem, Range keys) {
+  if (keys.first == keys.last) return keys;
   const int64_t block = problem.products.block;
-  panel.begin = panel.begin / block * block;
-  panel.end = std::min(problem.columns, (panel.end + block - 1) / block * block);
+  return {keys.first / block * block, std::min(problem.columns, (keys.last + block - 1) / block * block)};
 }
 
 // Narrows a panel to the keys between the first and the last that a mask allows any of its rows.
@@ -156,27 +180,27 @@ void narrow(const Matrices<const Entry>& mask, Panel& panel, Allows allows) {
   panel.end = end;
 }
 
-// Narrows a panel to the keys between the first and the last that any of its rows may attend to, in whole blocks.
+// Narrows a panel to the keys between the first and the last that any of its rows may attend to, in whole blocks. The keys that
+// these add are forbidden like others inside the panel.
 template <typename T>
 void trim(const Problem<T>& problem, Panel& panel) {
-  const int64_t last_row = panel.first + panel.count - 1;
-  panel.end = problem.right < 0 ? problem.columns : std::min(problem.columns, last_row + problem.right + 1);
-  panel.begin = problem.left < 0 ? 0 : std::clamp<int64_t>(panel.first - problem.left, 0, panel.end);
+  const Range reached = problem.reached(panel.batch, panel.first, panel.count);
+  panel.begin = reached.first;
+  panel.end = reached.last;
   if (problem.keep) narrow(*problem.keep, panel, [](bool keep) { return keep; });
   if (problem.bias) narrow(*problem.bias, panel, [](T bias) { return !(bias == -std::numeric_limits<T>::infinity()); });
-  align(problem, panel);
+  const Range whole = aligned(problem, {panel.begin, panel.end});
+  panel.begin = whole.first;
+  panel.end = whole.last;
 }
 
-// The part of a panel's columns that lies in the window of its row i: [first, last).
-struct Range {
-  int64_t first, last;
-};
-
+// The part of a panel's columns that its row i may attend to, masks aside.
 template <typename T>
 Range row_range(const Problem<T>& problem, const Panel& panel, int64_t i) {
-  const int64_t n = panel.columns(), diagonal = panel.first + i - panel.begin;
-  const int64_t first = problem.left < 0 ? 0 : std::clamp<int64_t>(diagonal - problem.left, 0, n);
-  return {first, problem.right < 0 ? n : std::clamp<int64_t>(diagonal + problem.right + 1, first, n)};
+  const Range reached = problem.reached(panel.batch, panel.first + i, 1);
+  // Where masks have narrowed the panel, some of that is outside.
+  const int64_t n = panel.columns(), first = std::clamp<int64_t>(reached.first - panel.begin, 0, n);
+  return {first, std::clamp<int64_t>(reached.last - panel.begin, first, n)};
 }
 
 }  // namespace metafast

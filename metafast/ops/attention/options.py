@@ -9,13 +9,18 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
+# A side of a window that limits nothing, and the bound of all others: more than any length, and few enough bits that sums
+# of sides and lengths fit into 64.
+NO_LIMIT = 2**40
+
 
 @dataclass(frozen=True)
 class Options:
     """The numbers among the options. One object on the way from the public function to the kernels.
 
     Args:
-        left, right: row i attends to columns i − left ≤ j ≤ i + right only, besides what a mask allows; −1: no limit.
+        left, right: row i attends to columns i − left ≤ j ≤ i + right only, besides what a mask allows. Either may be
+            negative; ``NO_LIMIT``: no limit.
         dropout_p: probability of dropping a weight; read where there are seeds.
         scale: factor of the scores.
     """
@@ -32,12 +37,14 @@ def shared_options(*numbers: Any) -> Options:
     return Options(*numbers)
 
 
-# The options of a call: ``attn_mask``, ``seeds`` of dropout, and the numbers. They end the arguments of every pass. The mask
-# alone is differentiable.
-Told: TypeAlias = tuple[Tensor | None, Tensor | None, Options]
+# The options of a call: ``attn_mask``, ``seeds`` of dropout, ``key_ranges`` (which keys exist), and the numbers. They end
+# the arguments of every pass. The mask alone is differentiable.
+Told: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None, Options]
 
 # The same as torch's dispatcher takes it, which knows no dataclass.
-SCHEMA = "Tensor? attn_mask, Tensor? seeds, " + ", ".join(f"{field.type} {field.name}" for field in fields(Options))
+SCHEMA = "Tensor? attn_mask, Tensor? seeds, Tensor? key_ranges, " + ", ".join(
+    f"{field.type} {field.name}" for field in fields(Options)
+)
 COUNT = SCHEMA.count(",") + 1
 _first_number = -len(fields(Options))
 

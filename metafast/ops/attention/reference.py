@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metafast.ops.attention.options import Options
+from metafast.ops.attention.options import NO_LIMIT, Options
 
 # Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -20,6 +20,7 @@ def attention(
     value: Tensor,
     attn_mask: Tensor | None,
     seeds: Tensor | None,
+    key_ranges: Tensor | None,
     options: Options,
 ) -> Tensor:
     """dropout(softmax(scale Q Kᵀ + mask)) V on dense matrices, O(Nq Nk) memory.
@@ -30,6 +31,7 @@ def attention(
         value: ``[*lead, Hk, Nk, Dv]``.
         attn_mask: None, or boolean (True: may attend) or floating (added), broadcastable to ``[*lead, Hq, Nq, Nk]``.
         seeds: of the dropout, int64 ``[*lead]``; see :func:`keep_mask`. None without dropout.
+        key_ranges: int64 ``[*lead, 2]``: the first key that exists, and the one after the last. None where all exist.
         options: the numbers, see :class:`Options`.
 
     Returns:
@@ -42,9 +44,13 @@ def attention(
     scores = options.scale * (query @ key.transpose(-1, -2))
     if attn_mask is not None:
         scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
-    if options.left >= 0 or options.right >= 0:
+    if options.left != NO_LIMIT or options.right != NO_LIMIT:
         allowed = window(rows, columns, options.left, options.right, scores.device)
         scores = scores.masked_fill(~allowed, -torch.inf)
+    if key_ranges is not None:
+        column = torch.arange(columns, device=scores.device)
+        begin, end = key_ranges[..., None, None, :1], key_ranges[..., None, None, 1:]
+        scores = scores.masked_fill((column < begin) | (column >= end), -torch.inf)
     # The softmax of a row of -inf is NaN, with NaN gradients; such a row is replaced before and zeroed after.
     attends = (scores != -torch.inf).any(-1, keepdim=True)
     weights = torch.softmax(scores.masked_fill(~attends, 0.0), -1).masked_fill(~attends, 0.0)
@@ -55,14 +61,9 @@ def attention(
 
 
 def window(rows: int, columns: int, left: int, right: int, device: torch.device | None = None) -> Tensor:
-    """Which columns a row may attend to, bool ``[rows, columns]``: i − left ≤ j ≤ i + right, −1 meaning no limit."""
+    """Which columns a row may attend to, bool ``[rows, columns]``: i − left ≤ j ≤ i + right."""
     distance = torch.arange(columns, device=device) - torch.arange(rows, device=device)[:, None]
-    within = torch.ones(rows, columns, dtype=torch.bool, device=device)
-    if left >= 0:
-        within = within & (distance >= -left)
-    if right >= 0:
-        within = within & (distance <= right)
-    return within
+    return (distance >= -left) & (distance <= right)
 
 
 def keep_mask(seeds: Tensor, heads: int, rows: int, columns: int, dropout_p: float) -> Tensor:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from metafast.backend import extension_problem, triton_problem
+from metafast.ops.attention.causal_bias import is_causal_bias
+from metafast.ops.attention.options import NO_LIMIT
 from metafast.ops.functions import is_forward_over_forward
 
 FUSED_DTYPES = {
@@ -55,7 +57,7 @@ def check_arguments(
     if value.shape[-2] != key.shape[-2]:
         raise ValueError(f"value: expected key's length {key.shape[-2]}, got shape {_shape(value)}")
     _check_heads(query, key, value, enable_gqa)
-    if attn_mask is not None:
+    if attn_mask is not None and not is_causal_bias(attn_mask):
         _check_mask(query, key, attn_mask)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p: expected a probability in [0, 1), got {dropout_p}")
@@ -107,19 +109,76 @@ def _check_mask(query: Tensor, key: Tensor, attn_mask: Tensor) -> None:
         raise ValueError(f"attn_mask: expected a shape that broadcasts to {full}, got {_shape(attn_mask)}")
 
 
-def checked_window(window_size: WindowSize | None) -> tuple[int, int]:
-    """Left and right of a window, −1 where there is no limit. Raises TypeError or ValueError."""
+def checked_window(window_size: WindowSize | None, is_causal: bool, query_offset: int) -> tuple[int, int]:
+    """Left and right of ``Options``: counted from a row's number, where the caller's count from its position.
+
+    Raises TypeError or ValueError.
+    """
+    if isinstance(query_offset, bool) or not isinstance(query_offset, int):
+        raise TypeError(f"query_offset: expected an integer, got {query_offset!r}")
+    left, right = _checked_sides(window_size)
+    if is_causal:
+        right = 0
+    return _shifted(left, -query_offset), _shifted(right, query_offset)
+
+
+def checked_ranges(
+    key_start: Tensor | None, key_length: Tensor | None, lead: torch.Size, columns: int, device: torch.device
+) -> Tensor | None:
+    """``key_ranges`` of the options: which keys exist, in tensors whose leading dimensions are ``lead``.
+
+    Raises TypeError or ValueError. Numbers are not looked at, which would wait for a GPU; they are cut to the keys.
+    """
+    for name, tensor in (("key_start", key_start), ("key_length", key_length)):
+        if tensor is not None:
+            _check_numbers_of_lead(name, tensor, lead, device)
+    if key_start is None:
+        if key_length is None:
+            return None
+        key_start = torch.zeros_like(key_length)
+    begin = key_start.to(torch.int64).clamp(-NO_LIMIT, NO_LIMIT)
+    end = (
+        torch.full_like(begin, columns) if key_length is None else begin + key_length.to(torch.int64).clamp(0, NO_LIMIT)
+    )
+    ranges = torch.stack(torch.broadcast_tensors(begin, end), -1).clamp(0, columns)
+    return ranges.expand(*lead, 2)
+
+
+def _check_numbers_of_lead(name: str, tensor: Tensor, lead: torch.Size, device: torch.device) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor or None, got {type(tensor).__name__}")
+    if tensor.dtype == torch.bool or tensor.is_floating_point() or tensor.is_complex():
+        raise TypeError(f"{name}: expected an integer dtype, got {tensor.dtype}")
+    if tensor.device != device:
+        raise ValueError(f"{name}: expected query's device {device}, got {tensor.device}")
+    try:
+        fits = torch.broadcast_shapes(tensor.shape, lead) == lead
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"{name}: expected a shape that broadcasts to the leading dimensions {tuple(lead)}, which are all but heads, "
+            f"length and head_dim, got {_shape(tensor)}"
+        )
+
+
+def _shifted(side: int | None, offset: int) -> int:
+    return NO_LIMIT if side is None else max(-NO_LIMIT, min(side + offset, NO_LIMIT))
+
+
+def _checked_sides(window_size: WindowSize | None) -> tuple[int | None, int | None]:
+    """Left and right of a window, None where there is no limit."""
     if window_size is None:
-        return -1, -1
+        return None, None
     if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
         raise TypeError(f"window_size: expected a pair (left, right), got {window_size!r}")
-    sides = []
+    sides: list[int | None] = []
     for side in window_size:
         if side is not None and (isinstance(side, bool) or not isinstance(side, int)):
             raise TypeError(f"window_size: expected integers or None, got {window_size!r}")
         if side is not None and side < -1:
             raise ValueError(f"window_size: expected numbers of at least 0, or -1 for no limit, got {window_size!r}")
-        sides.append(-1 if side is None else side)
+        sides.append(None if side == -1 else side)
     return sides[0], sides[1]
 
 

@@ -9,9 +9,10 @@ Six raw ops without checks; whoever calls them has validated the arguments. They
 - ``attn_mask`` None, boolean (True: may attend) or floating (added to the scores), of as many dimensions as the scores
   ``[*lead, Hq, Nq, Nk]``, each of them full or 1, and never expanded. A row that may attend to nothing gives zeros.
 - ``seeds`` of dropout, int64 ``[*lead]``, or None without dropout.
+- ``key_ranges``, int64 ``[*lead, 2]``: the first key that exists, and the one after the last; or None where all do.
 - the numbers among the options, :class:`metafast.ops.attention.options.Options`.
 
-``attn_mask``, ``seeds`` and the numbers end the arguments of each op.
+``attn_mask``, ``seeds``, ``key_ranges`` and the numbers end the arguments of each op.
 
 Products accumulate in float32; those of float32 inputs are exact in IEEE arithmetic unless torch allows TF32
 (``torch.backends.cuda.matmul.fp32_precision``). Results are bitwise reproducible: nothing is summed by atomics.

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from metafast.ops.attention.options import Told
 from metafast.ops.attention.triton.common import (
+    existing_keys,
     keys_of,
     load_statistic,
     load_tile,
@@ -71,7 +72,8 @@ def backward_query_kernel(
     mask_start = mask_of(mask, batch)
     seed = seed_of(settings, batch)
     rows, columns = rows_and_columns(QUERY_BLOCK, KEY_BLOCK, by_keys)
-    start, end = keys_of(settings, first_query, n_keys, QUERY_BLOCK, KEY_BLOCK)
+    key_begin, key_end = existing_keys(settings, batch, n_keys)
+    start, end = keys_of(settings, first_query, key_begin, key_end, QUERY_BLOCK, KEY_BLOCK)
 
     q = load_tile(query, batch, head, first_query, n_queries, QUERY_BLOCK, HEAD_DIM, HEAD_BLOCK)
     g = load_tile(grad_out, batch, head, first_query, n_queries, QUERY_BLOCK, VALUE_DIM, VALUE_BLOCK)
@@ -86,7 +88,7 @@ def backward_query_kernel(
     for first_key in range(start, end, KEY_BLOCK):
         k = load_tile(key, batch, kv_head, first_key, n_keys, KEY_BLOCK, HEAD_DIM, HEAD_BLOCK)
         v = load_tile(value, batch, kv_head, first_key, n_keys, KEY_BLOCK, VALUE_DIM, VALUE_BLOCK)
-        tile = Tile(head, first_query, first_key, n_queries, n_keys, rows, columns, mask_start)
+        tile = Tile(head, first_query, first_key, n_queries, n_keys, key_begin, key_end, rows, columns, mask_start)
         p = weights(q, k, largest, log_total, mask, settings, tile, by_keys, PRECISION)
         dp = product(g, v, None, by_keys, PRECISION)
         kept = dropout_factors(settings, seed, tile, QUERY_BLOCK, KEY_BLOCK, by_keys)
@@ -96,7 +98,7 @@ def backward_query_kernel(
         excess += tl.sum(ds.to(tl.float32), 1)
 
     # Rows of dS sum to zero; what rounding leaves of that sum would multiply the keys' common offset.
-    offset = mean_of_first_rows(key, batch, kv_head, n_keys, KEY_BLOCK, HEAD_DIM, HEAD_BLOCK)
+    offset = mean_of_first_rows(key, batch, kv_head, key_begin, key_end, KEY_BLOCK, HEAD_DIM, HEAD_BLOCK)
     gradient = settings.scale * (gradient - excess[:, None] * offset[None, :])
     store_tile(grad_query, batch, head, first_query, n_queries, gradient, QUERY_BLOCK, HEAD_DIM, HEAD_BLOCK)
     if q.dtype == tl.float32:
@@ -135,7 +137,8 @@ def backward_key_kernel(
     mask_start = mask_of(mask, batch)
     seed = seed_of(settings, batch)
     # One loop over the query blocks of all heads of the group; two nested ones cost more registers.
-    first_block, n_blocks = query_blocks_of(settings, first_key, n_queries, QUERY_BLOCK, KEY_BLOCK)
+    key_begin, key_end = existing_keys(settings, batch, n_keys)
+    first_block, n_blocks = query_blocks_of(settings, first_key, key_begin, key_end, n_queries, QUERY_BLOCK, KEY_BLOCK)
 
     k = load_tile(key, batch, kv_head, first_key, n_keys, KEY_BLOCK, HEAD_DIM, HEAD_BLOCK)
     v = load_tile(value, batch, kv_head, first_key, n_keys, KEY_BLOCK, VALUE_DIM, VALUE_BLOCK)
@@ -150,7 +153,7 @@ def backward_key_kernel(
             statistics, query, mask, batch, head, heads, first_query, n_queries, QUERY_BLOCK
         )
         d = load_statistic(delta, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
-        tile = Tile(head, first_query, first_key, n_queries, n_keys, rows, columns, mask_start)
+        tile = Tile(head, first_query, first_key, n_queries, n_keys, key_begin, key_end, rows, columns, mask_start)
         p = weights(q, k, largest, log_total, mask, settings, tile, by_keys, PRECISION)
         kept = dropout_factors(settings, seed, tile, QUERY_BLOCK, KEY_BLOCK, by_keys)
         z = dropped(p, kept, settings)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from metafast.ops.attention.options import Told
 from metafast.ops.attention.triton.common import (
+    existing_keys,
     keys_of,
     load_statistic,
     load_tile,
@@ -85,7 +86,8 @@ def backward_jvp_query_kernel(
     tangent_mask_start = mask_of(tangent_mask, batch)
     seed = seed_of(settings, batch)
     rows, columns = rows_and_columns(QUERY_BLOCK, KEY_BLOCK, by_keys)
-    start, end = keys_of(settings, first_query, n_keys, QUERY_BLOCK, KEY_BLOCK)
+    key_begin, key_end = existing_keys(settings, batch, n_keys)
+    start, end = keys_of(settings, first_query, key_begin, key_end, QUERY_BLOCK, KEY_BLOCK)
 
     q = load_tile(query, batch, head, first_query, n_queries, QUERY_BLOCK, HEAD_DIM, HEAD_BLOCK)
     tq = load_tile(tangent_query, batch, head, first_query, n_queries, QUERY_BLOCK, HEAD_DIM, HEAD_BLOCK)
@@ -110,7 +112,7 @@ def backward_jvp_query_kernel(
         tk = load_tile(tangent_key, batch, kv_head, first_key, n_keys, KEY_BLOCK, HEAD_DIM, HEAD_BLOCK)
         v = load_tile(value, batch, kv_head, first_key, n_keys, KEY_BLOCK, VALUE_DIM, VALUE_BLOCK)
         tv = load_tile(tangent_value, batch, kv_head, first_key, n_keys, KEY_BLOCK, VALUE_DIM, VALUE_BLOCK)
-        tile = Tile(head, first_query, first_key, n_queries, n_keys, rows, columns, mask_start)
+        tile = Tile(head, first_query, first_key, n_queries, n_keys, key_begin, key_end, rows, columns, mask_start)
         p = weights(q, k, largest, log_total, mask, settings, tile, by_keys, PRECISION)
         t = tangent_scores(q, k, tq, tk, mean, settings.scale, by_keys, PRECISION)
         t = add_tangent_mask(t, tangent_mask, tangent_mask_start, tile)
@@ -129,8 +131,10 @@ def backward_jvp_query_kernel(
         tangent_excess += tl.sum(tds.to(tl.float32), 1)
 
     # As in the backward pass: rows of dS and dṠ sum to zero, and what rounding leaves is taken out.
-    offset = mean_of_first_rows(key, batch, kv_head, n_keys, KEY_BLOCK, HEAD_DIM, HEAD_BLOCK)
-    tangent_offset = mean_of_first_rows(tangent_key, batch, kv_head, n_keys, KEY_BLOCK, HEAD_DIM, HEAD_BLOCK)
+    offset = mean_of_first_rows(key, batch, kv_head, key_begin, key_end, KEY_BLOCK, HEAD_DIM, HEAD_BLOCK)
+    tangent_offset = mean_of_first_rows(
+        tangent_key, batch, kv_head, key_begin, key_end, KEY_BLOCK, HEAD_DIM, HEAD_BLOCK
+    )
     gradient -= tangent_excess[:, None] * offset[None, :] + excess[:, None] * tangent_offset[None, :]
     store_tile(
         tangent_grad_query,
@@ -188,7 +192,8 @@ def backward_jvp_key_kernel(
     tangent_mask_start = mask_of(tangent_mask, batch)
     seed = seed_of(settings, batch)
     # One loop over the query blocks of all heads of the group; two nested ones cost more registers.
-    first_block, n_blocks = query_blocks_of(settings, first_key, n_queries, QUERY_BLOCK, KEY_BLOCK)
+    key_begin, key_end = existing_keys(settings, batch, n_keys)
+    first_block, n_blocks = query_blocks_of(settings, first_key, key_begin, key_end, n_queries, QUERY_BLOCK, KEY_BLOCK)
 
     k = load_tile(key, batch, kv_head, first_key, n_keys, KEY_BLOCK, HEAD_DIM, HEAD_BLOCK)
     tk = load_tile(tangent_key, batch, kv_head, first_key, n_keys, KEY_BLOCK, HEAD_DIM, HEAD_BLOCK)
@@ -208,7 +213,7 @@ def backward_jvp_key_kernel(
         mean = load_statistic(mu, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
         d = load_statistic(delta, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
         td = load_statistic(tangent_delta, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
-        tile = Tile(head, first_query, first_key, n_queries, n_keys, rows, columns, mask_start)
+        tile = Tile(head, first_query, first_key, n_queries, n_keys, key_begin, key_end, rows, columns, mask_start)
         p = weights(q, k, largest, log_total, mask, settings, tile, by_keys, PRECISION)
         t = tangent_scores(q, k, tq, tk, mean, settings.scale, by_keys, PRECISION)
         t = add_tangent_mask(t, tangent_mask, tangent_mask_start, tile)

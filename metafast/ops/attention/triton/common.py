@@ -39,13 +39,16 @@ class Settings(NamedTuple):
 
     One flat tuple: Triton loses the constants of tuples inside of tuples.
 
-    Row i attends to columns i - ``left`` <= j < i + ``end``; None: no limit. Not <= i + right: under a causal mask ``end``
-    is then 1, which Triton compiles as a constant. Dropout, if there are ``dropout_seeds``, one a batch, keeps a weight and
-    multiplies it by ``dropout_factor`` where its random word is at least ``dropout_threshold``. ``scale`` multiplies scores.
+    Row i attends to columns i - ``left`` <= j < i + ``end``, either of which may be negative; None: no limit. Not
+    <= i + right: under a causal mask ``end`` is then 1, which Triton compiles as a constant. ``key_ranges`` are two numbers
+    a batch: the first key that exists, and the one after the last. Dropout, if there are ``dropout_seeds``, one a batch,
+    keeps a weight and multiplies it by ``dropout_factor`` where its random word is at least ``dropout_threshold``.
+    ``scale`` multiplies scores.
     """
 
     left: Any
     end: Any
+    key_ranges: Any
     dropout_seeds: Any
     dropout_threshold: Any
     dropout_factor: Any
@@ -61,26 +64,55 @@ def locate(n_blocks, heads):
 
 
 @triton.jit
-def keys_of(settings, first_query, n_keys, QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr):
-    """First and end of the keys that the window lets some row of a block attend to, from a block's border on."""
-    first = 0
-    end = n_keys
-    if settings.left is not None:
-        first = tl.maximum(first_query - settings.left, 0) // KEY_BLOCK * KEY_BLOCK
-    if settings.end is not None:
-        end = tl.minimum(n_keys, first_query + QUERY_BLOCK - 1 + settings.end)
-    return first, end
+def existing_keys(settings, batch, n_keys):
+    """First and end of the keys of a batch that exist."""
+    if settings.key_ranges is None:
+        return 0, n_keys
+    else:  # noqa: RET505 - Triton would compile what follows a return too
+        of_batch = settings.key_ranges + 2 * batch
+        return tl.load(of_batch).to(tl.int32), tl.load(of_batch + 1).to(tl.int32)
 
 
 @triton.jit
-def query_blocks_of(settings, first_key, n_queries, QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr):
-    """First block of queries of which the window lets some row attend to a block of keys, and how many there are."""
+def has_keys(settings, first_key, key_begin, key_end, KEY_BLOCK: tl.constexpr):
+    """Whether some of a block's keys exist."""
+    if settings.key_ranges is None:
+        return True
+    else:  # noqa: RET505 - Triton would compile what follows a return too
+        return (first_key < key_end) & (first_key + KEY_BLOCK > key_begin)
+
+
+@triton.jit
+def keys_of(settings, first_query, key_begin, key_end, QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr):
+    """First and end of the keys that some row of a block may attend to, masks aside, from a block's border on.
+
+    ``key_begin`` and ``key_end`` are the first and the end of those that exist.
+    """
+    first = key_begin
+    end = key_end
+    if settings.left is not None:
+        first = tl.maximum(first_query - settings.left, first)
+    if settings.end is not None:
+        end = tl.minimum(end, first_query + QUERY_BLOCK - 1 + settings.end)
+    return first // KEY_BLOCK * KEY_BLOCK, end
+
+
+@triton.jit
+def query_blocks_of(
+    settings, first_key, key_begin, key_end, n_queries, QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr
+):
+    """First block of queries of which some row may attend to a block of keys, masks aside, and how many there are.
+
+    ``key_begin`` and ``key_end`` are the first and the end of the keys that exist.
+    """
     first = 0
     end = n_queries
     if settings.end is not None:
         first = tl.maximum(first_key + 1 - settings.end, 0) // QUERY_BLOCK
     if settings.left is not None:
         end = tl.minimum(n_queries, first_key + KEY_BLOCK + settings.left)
+    if settings.key_ranges is not None:
+        end = tl.where(has_keys(settings, first_key, key_begin, key_end, KEY_BLOCK), end, 0)
     return first, tl.maximum(tl.cdiv(end, QUERY_BLOCK) - first, 0)
 
 
@@ -139,11 +171,12 @@ def store_statistic(pointer, batch, head, heads, first, n_queries, values, ROWS:
 
 
 @triton.jit
-def mean_of_first_rows(matrix, batch, head, n_rows, ROWS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
-    """Mean of the first ROWS rows: an estimate of the offset that all rows have in common.
+def mean_of_first_rows(matrix, batch, head, begin, end, ROWS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+    """Mean of the first ROWS rows from ``begin`` on, of those before ``end``: an estimate of the offset that all have in
+    common.
 
     Rows of dS and of its tangent sum to zero, so subtracting any one vector from all keys changes no gradient; an
     estimate removes the rounding error of a large common offset as well as the exact mean would.
     """
-    tile = load_tile(matrix, batch, head, 0, n_rows, ROWS, WIDTH, COLUMNS)
-    return tl.sum(tile.to(tl.float32), 0) / tl.minimum(n_rows, ROWS)
+    tile = load_tile(matrix, batch, head, begin, end, ROWS, WIDTH, COLUMNS)
+    return tl.sum(tile.to(tl.float32), 0) / tl.maximum(tl.minimum(end - begin, ROWS), 1)

@@ -18,7 +18,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from metafast.ops.attention.options import Options, Told
+from metafast.ops.attention.options import NO_LIMIT, Options, Told
 from metafast.ops.attention.triton import (
     backward,
     backward_jvp,
@@ -109,7 +109,7 @@ def compile_kernels(
         architectures: compute capabilities, such as 90 for sm_90.
         dtypes: dtypes of query, key and value.
         head_dims: dimensions of a head, of values too.
-        everything: with an additive mask, its tangent, dropout and a window instead of a causal one.
+        everything: with an additive mask, its tangent, dropout, key ranges and a window instead of a causal mask.
 
     Raises:
         RuntimeError: Triton's interpreter is on, so that there is nothing to compile.
@@ -131,10 +131,11 @@ def compile_kernels(
 def _call_ops(dtype: torch.dtype, head_dim: int, everything: bool) -> None:
     tensor, scale = torch.zeros(1, 4, 512, head_dim, dtype=dtype), head_dim**-0.5
     mask, seeds = torch.zeros(1, 4, 512, 512, dtype=dtype), torch.zeros(1, dtype=torch.int64)
+    ranges = torch.zeros(1, 2, dtype=torch.int64)
     options = Options(left=70, right=30, dropout_p=0.1, scale=scale)
-    causal = Options(left=-1, right=0, dropout_p=0.0, scale=scale)
-    masked: Told = (mask, seeds, options) if everything else (mask, None, causal)
-    told: Told = masked if everything else (None, None, causal)
+    causal = Options(left=NO_LIMIT, right=0, dropout_p=0.0, scale=scale)
+    masked: Told = (mask, seeds, ranges, options) if everything else (mask, None, None, causal)
+    told: Told = masked if everything else (None, None, None, causal)
     out, statistics = forward(tensor, tensor, tensor, *told)
     saved = (tensor, tensor, tensor, tensor, out, statistics)
     # Mypy does not count the arguments of several tuples in one call.

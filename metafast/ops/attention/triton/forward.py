@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from metafast.ops.attention.options import Told
-from metafast.ops.attention.triton.common import keys_of, load_tile, locate, store_tile
+from metafast.ops.attention.triton.common import existing_keys, keys_of, load_tile, locate, store_tile
 from metafast.ops.attention.triton.launch import Problem, empty_like, matrix
 from metafast.ops.attention.triton.scores import (
     Tile,
@@ -50,7 +50,8 @@ def forward_kernel(
     mask_start = mask_of(mask, batch)
     seed = seed_of(settings, batch)
     rows, columns = rows_and_columns(QUERY_BLOCK, KEY_BLOCK, by_keys)
-    start, end = keys_of(settings, first_query, n_keys, QUERY_BLOCK, KEY_BLOCK)
+    key_begin, key_end = existing_keys(settings, batch, n_keys)
+    start, end = keys_of(settings, first_query, key_begin, key_end, QUERY_BLOCK, KEY_BLOCK)
 
     q = load_tile(query, batch, head, first_query, n_queries, QUERY_BLOCK, HEAD_DIM, HEAD_BLOCK)
     largest = tl.full([QUERY_BLOCK], float("-inf"), dtype=tl.float32)
@@ -58,7 +59,7 @@ def forward_kernel(
     weighted = tl.zeros([QUERY_BLOCK, VALUE_BLOCK], dtype=tl.float32)
     for first_key in range(start, end, KEY_BLOCK):
         k = load_tile(key, batch, kv_head, first_key, n_keys, KEY_BLOCK, HEAD_DIM, HEAD_BLOCK)
-        tile = Tile(head, first_query, first_key, n_queries, n_keys, rows, columns, mask_start)
+        tile = Tile(head, first_query, first_key, n_queries, n_keys, key_begin, key_end, rows, columns, mask_start)
         s = scores(q, k, mask, settings, tile, by_keys, PRECISION)
         now_largest = tl.maximum(largest, tl.max(s, 1))
         # A row without any key so far has only -inf, and -inf - (-inf) would be NaN.

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from metafast.ops.attention.options import Told
 from metafast.ops.attention.triton.common import (
+    existing_keys,
     keys_of,
     load_tile,
     locate,
@@ -72,7 +73,8 @@ def jvp_kernel(
     tangent_mask_start = mask_of(tangent_mask, batch)
     seed = seed_of(settings, batch)
     rows, columns = rows_and_columns(QUERY_BLOCK, KEY_BLOCK, by_keys)
-    start, end = keys_of(settings, first_query, n_keys, QUERY_BLOCK, KEY_BLOCK)
+    key_begin, key_end = existing_keys(settings, batch, n_keys)
+    start, end = keys_of(settings, first_query, key_begin, key_end, QUERY_BLOCK, KEY_BLOCK)
 
     q = load_tile(query, batch, head, first_query, n_queries, QUERY_BLOCK, HEAD_DIM, HEAD_BLOCK)
     tq = load_tile(tangent_query, batch, head, first_query, n_queries, QUERY_BLOCK, HEAD_DIM, HEAD_BLOCK)
@@ -81,8 +83,10 @@ def jvp_kernel(
     # A number a row may be taken from Ṡ, since mu absorbs it: without the part that comes from the keys' common offset,
     # rounding P * Ṡ does not lose what remains. In the loop the mean over the first block is taken out too: next to mu O
     # the products with P * Ṡ would cancel, in rows that attend to few keys nearly all of them.
-    offset = mean_of_first_rows(key, batch, kv_head, n_keys, KEY_BLOCK, HEAD_DIM, HEAD_BLOCK)
-    tangent_offset = mean_of_first_rows(tangent_key, batch, kv_head, n_keys, KEY_BLOCK, HEAD_DIM, HEAD_BLOCK)
+    offset = mean_of_first_rows(key, batch, kv_head, key_begin, key_end, KEY_BLOCK, HEAD_DIM, HEAD_BLOCK)
+    tangent_offset = mean_of_first_rows(
+        tangent_key, batch, kv_head, key_begin, key_end, KEY_BLOCK, HEAD_DIM, HEAD_BLOCK
+    )
     common = tq.to(tl.float32) * offset[None, :] + q.to(tl.float32) * tangent_offset[None, :]
     common = settings.scale * tl.sum(common, 1)
 
@@ -91,7 +95,7 @@ def jvp_kernel(
     for first_key in range(start, end, KEY_BLOCK):
         k = load_tile(key, batch, kv_head, first_key, n_keys, KEY_BLOCK, HEAD_DIM, HEAD_BLOCK)
         tk = load_tile(tangent_key, batch, kv_head, first_key, n_keys, KEY_BLOCK, HEAD_DIM, HEAD_BLOCK)
-        tile = Tile(head, first_query, first_key, n_queries, n_keys, rows, columns, mask_start)
+        tile = Tile(head, first_query, first_key, n_queries, n_keys, key_begin, key_end, rows, columns, mask_start)
         p = weights(q, k, largest, log_total, mask, settings, tile, by_keys, PRECISION)
         ts = tangent_scores(q, k, tq, tk, common, settings.scale, by_keys, PRECISION)
         ts = add_tangent_mask(ts, tangent_mask, tangent_mask_start, tile)

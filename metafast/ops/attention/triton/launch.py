@@ -79,6 +79,7 @@ class Problem:
         value: Tensor,
         attn_mask: Tensor | None,
         seeds: Tensor | None,
+        key_ranges: Tensor | None,
         options: Options,
     ) -> None:
         *self.lead, self.heads, self.n_queries, self.head_dim = query.shape
@@ -90,9 +91,11 @@ class Problem:
         self.dtype, self.device = query.dtype, query.device
         self.mask = self.describe_mask(attn_mask)
         self.settings = Settings(
-            # A side that limits nothing is none: the kernels have no code for it.
-            left=options.left if 0 <= options.left < self.n_queries - 1 else None,
-            end=options.right + 1 if 0 <= options.right < self.n_keys - 1 else None,
+            # A side that limits nothing is none: the kernels have no code for it. One that leaves nothing leaves nothing
+            # at a bound too, and the kernels' numbers have 32 bits.
+            left=max(options.left, -self.n_keys) if options.left < self.n_queries - 1 else None,
+            end=max(options.right + 1, -self.n_queries) if options.right < self.n_keys - 1 else None,
+            key_ranges=None if key_ranges is None else key_ranges.reshape(-1).contiguous(),
             dropout_seeds=None,
             dropout_threshold=None,
             dropout_factor=None,
@@ -177,6 +180,7 @@ class Problem:
         flags = {
             "left": self.settings.left is not None,
             "right": self.settings.end is not None,
+            "ranges": self.settings.key_ranges is not None,
             "additive" if mask is not None and mask.is_floating_point() else "boolean": mask is not None,
             "dropout": self.settings.dropout_seeds is not None,
             "grouped": self.heads > self.kv_heads,

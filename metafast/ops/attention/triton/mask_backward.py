@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from metafast.ops.attention.options import Told
-from metafast.ops.attention.triton.common import load_statistic, load_tile
+from metafast.ops.attention.triton.common import existing_keys, has_keys, load_statistic, load_tile
 from metafast.ops.attention.triton.delta import deltas
 from metafast.ops.attention.triton.jvp import jvp_and_mean
 from metafast.ops.attention.triton.launch import Problem, matrix
@@ -87,23 +87,25 @@ def mask_backward_kernel(
         batch, head = reader_of(gradient, mask_batch, mask_head, step // blocks)
         first_query = (row_block + step % blocks // column_blocks) * QUERY_BLOCK
         first_key = (column_block + step % column_blocks) * KEY_BLOCK
-        kv_head = head // group
-        mask_start = mask_of(mask, batch)
-        tile = Tile(head, first_query, first_key, n_queries, n_keys, rows, columns, mask_start)
-        q = load_tile(query, batch, head, first_query, n_queries, QUERY_BLOCK, HEAD_DIM, HEAD_BLOCK)
-        k = load_tile(key, batch, kv_head, first_key, n_keys, KEY_BLOCK, HEAD_DIM, HEAD_BLOCK)
-        g = load_tile(grad_out, batch, head, first_query, n_queries, QUERY_BLOCK, VALUE_DIM, VALUE_BLOCK)
-        v = load_tile(value, batch, kv_head, first_key, n_keys, KEY_BLOCK, VALUE_DIM, VALUE_BLOCK)
-        largest, log_total = load_softmax(
-            statistics, query, mask, batch, head, heads, first_query, n_queries, QUERY_BLOCK
-        )
-        d = load_statistic(delta, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
-        p = weights(q, k, largest, log_total, mask, settings, tile, by_keys, PRECISION)
-        dp = product(g, v, None, by_keys, PRECISION)
-        seed = seed_of(settings, batch)
-        kept = dropout_factors(settings, seed, tile, QUERY_BLOCK, KEY_BLOCK, by_keys)
-        dp = dropped(dp, kept, settings)
-        total += p * (dp - d[:, None])
+        key_begin, key_end = existing_keys(settings, batch, n_keys)
+        if has_keys(settings, first_key, key_begin, key_end, KEY_BLOCK):
+            kv_head = head // group
+            mask_start = mask_of(mask, batch)
+            tile = Tile(head, first_query, first_key, n_queries, n_keys, key_begin, key_end, rows, columns, mask_start)
+            q = load_tile(query, batch, head, first_query, n_queries, QUERY_BLOCK, HEAD_DIM, HEAD_BLOCK)
+            k = load_tile(key, batch, kv_head, first_key, n_keys, KEY_BLOCK, HEAD_DIM, HEAD_BLOCK)
+            g = load_tile(grad_out, batch, head, first_query, n_queries, QUERY_BLOCK, VALUE_DIM, VALUE_BLOCK)
+            v = load_tile(value, batch, kv_head, first_key, n_keys, KEY_BLOCK, VALUE_DIM, VALUE_BLOCK)
+            largest, log_total = load_softmax(
+                statistics, query, mask, batch, head, heads, first_query, n_queries, QUERY_BLOCK
+            )
+            d = load_statistic(delta, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
+            p = weights(q, k, largest, log_total, mask, settings, tile, by_keys, PRECISION)
+            dp = product(g, v, None, by_keys, PRECISION)
+            seed = seed_of(settings, batch)
+            kept = dropout_factors(settings, seed, tile, QUERY_BLOCK, KEY_BLOCK, by_keys)
+            dp = dropped(dp, kept, settings)
+            total += p * (dp - d[:, None])
     store_mask_tile(gradient, split, mask_batch, mask_head, first_row, first_column, total, QUERY_BLOCK, KEY_BLOCK)
 
 
@@ -152,35 +154,39 @@ def mask_backward_jvp_kernel(
         batch, head = reader_of(gradient, mask_batch, mask_head, step // blocks)
         first_query = (row_block + step % blocks // column_blocks) * QUERY_BLOCK
         first_key = (column_block + step % column_blocks) * KEY_BLOCK
-        kv_head = head // group
-        mask_start = mask_of(mask, batch)
-        tile = Tile(head, first_query, first_key, n_queries, n_keys, rows, columns, mask_start)
-        q = load_tile(query, batch, head, first_query, n_queries, QUERY_BLOCK, HEAD_DIM, HEAD_BLOCK)
-        tq = load_tile(tangent_query, batch, head, first_query, n_queries, QUERY_BLOCK, HEAD_DIM, HEAD_BLOCK)
-        k = load_tile(key, batch, kv_head, first_key, n_keys, KEY_BLOCK, HEAD_DIM, HEAD_BLOCK)
-        tk = load_tile(tangent_key, batch, kv_head, first_key, n_keys, KEY_BLOCK, HEAD_DIM, HEAD_BLOCK)
-        largest, log_total = load_softmax(
-            statistics, query, mask, batch, head, heads, first_query, n_queries, QUERY_BLOCK
-        )
-        mean = load_statistic(mu, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
-        d = load_statistic(delta, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
-        td = load_statistic(tangent_delta, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
-        p = weights(q, k, largest, log_total, mask, settings, tile, by_keys, PRECISION)
-        t = tangent_scores(q, k, tq, tk, mean, settings.scale, by_keys, PRECISION)
-        tangent_mask_start = mask_of(tangent_mask, batch)
-        t = add_tangent_mask(t, tangent_mask, tangent_mask_start, tile)
-        g = load_tile(grad_out, batch, head, first_query, n_queries, QUERY_BLOCK, VALUE_DIM, VALUE_BLOCK)
-        v = load_tile(value, batch, kv_head, first_key, n_keys, KEY_BLOCK, VALUE_DIM, VALUE_BLOCK)
-        tv = load_tile(tangent_value, batch, kv_head, first_key, n_keys, KEY_BLOCK, VALUE_DIM, VALUE_BLOCK)
-        e = product(g, v, None, by_keys, PRECISION)
-        f = product(g, tv, None, by_keys, PRECISION)
-        if tangent_grad_out is not None:
-            tg = load_tile(tangent_grad_out, batch, head, first_query, n_queries, QUERY_BLOCK, VALUE_DIM, VALUE_BLOCK)
-            f = product(tg, v, f, by_keys, PRECISION)
-        seed = seed_of(settings, batch)
-        kept = dropout_factors(settings, seed, tile, QUERY_BLOCK, KEY_BLOCK, by_keys)
-        e, f = dropped(e, kept, settings), dropped(f, kept, settings)
-        total += p * (t * (e - d[:, None]) + f - td[:, None])
+        key_begin, key_end = existing_keys(settings, batch, n_keys)
+        if has_keys(settings, first_key, key_begin, key_end, KEY_BLOCK):
+            kv_head = head // group
+            mask_start = mask_of(mask, batch)
+            tile = Tile(head, first_query, first_key, n_queries, n_keys, key_begin, key_end, rows, columns, mask_start)
+            q = load_tile(query, batch, head, first_query, n_queries, QUERY_BLOCK, HEAD_DIM, HEAD_BLOCK)
+            tq = load_tile(tangent_query, batch, head, first_query, n_queries, QUERY_BLOCK, HEAD_DIM, HEAD_BLOCK)
+            k = load_tile(key, batch, kv_head, first_key, n_keys, KEY_BLOCK, HEAD_DIM, HEAD_BLOCK)
+            tk = load_tile(tangent_key, batch, kv_head, first_key, n_keys, KEY_BLOCK, HEAD_DIM, HEAD_BLOCK)
+            largest, log_total = load_softmax(
+                statistics, query, mask, batch, head, heads, first_query, n_queries, QUERY_BLOCK
+            )
+            mean = load_statistic(mu, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
+            d = load_statistic(delta, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
+            td = load_statistic(tangent_delta, batch, head, heads, first_query, n_queries, QUERY_BLOCK)
+            p = weights(q, k, largest, log_total, mask, settings, tile, by_keys, PRECISION)
+            t = tangent_scores(q, k, tq, tk, mean, settings.scale, by_keys, PRECISION)
+            tangent_mask_start = mask_of(tangent_mask, batch)
+            t = add_tangent_mask(t, tangent_mask, tangent_mask_start, tile)
+            g = load_tile(grad_out, batch, head, first_query, n_queries, QUERY_BLOCK, VALUE_DIM, VALUE_BLOCK)
+            v = load_tile(value, batch, kv_head, first_key, n_keys, KEY_BLOCK, VALUE_DIM, VALUE_BLOCK)
+            tv = load_tile(tangent_value, batch, kv_head, first_key, n_keys, KEY_BLOCK, VALUE_DIM, VALUE_BLOCK)
+            e = product(g, v, None, by_keys, PRECISION)
+            f = product(g, tv, None, by_keys, PRECISION)
+            if tangent_grad_out is not None:
+                tg = load_tile(
+                    tangent_grad_out, batch, head, first_query, n_queries, QUERY_BLOCK, VALUE_DIM, VALUE_BLOCK
+                )
+                f = product(tg, v, f, by_keys, PRECISION)
+            seed = seed_of(settings, batch)
+            kept = dropout_factors(settings, seed, tile, QUERY_BLOCK, KEY_BLOCK, by_keys)
+            e, f = dropped(e, kept, settings), dropped(f, kept, settings)
+            total += p * (t * (e - d[:, None]) + f - td[:, None])
     store_mask_tile(gradient, split, mask_batch, mask_head, first_row, first_column, total, QUERY_BLOCK, KEY_BLOCK)
 
 

@@ -59,14 +59,17 @@ def blocks_read(
     QUERY_BLOCK: tl.constexpr,
     KEY_BLOCK: tl.constexpr,
 ):
-    """First and number of the blocks of queries, then of keys, that a tile of the gradient sums over."""
+    """First and number of the blocks of queries, then of keys, that a tile of the gradient sums over.
+
+    Which keys exist is another question for each batch that reads the mask.
+    """
     row_block = 0
     row_blocks = 1
     column_block = 0
     column_blocks = 1
     if gradient.rows is not None:
         row_block = first_row // QUERY_BLOCK
-        first, end = keys_of(settings, first_row, n_keys, QUERY_BLOCK, KEY_BLOCK)
+        first, end = keys_of(settings, first_row, 0, n_keys, QUERY_BLOCK, KEY_BLOCK)
         if gradient.columns is not None:
             column_block = first_column // KEY_BLOCK
             column_blocks = ((first_column >= first) & (first_column < end)).to(tl.int32)
@@ -75,7 +78,7 @@ def blocks_read(
             column_blocks = tl.maximum(tl.cdiv(end, KEY_BLOCK) - column_block, 0)
     elif gradient.columns is not None:
         column_block = first_column // KEY_BLOCK
-        row_block, row_blocks = query_blocks_of(settings, first_column, n_queries, QUERY_BLOCK, KEY_BLOCK)
+        row_block, row_blocks = query_blocks_of(settings, first_column, 0, n_keys, n_queries, QUERY_BLOCK, KEY_BLOCK)
     else:
         row_blocks = tl.cdiv(n_queries, QUERY_BLOCK)
         column_blocks = tl.cdiv(n_keys, KEY_BLOCK)

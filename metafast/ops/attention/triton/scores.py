@@ -23,14 +23,17 @@ LOWEST = tl.constexpr(-2.3e38)
 
 
 class Tile(NamedTuple):
-    """Where a tile of scores lies: the head, the first query and key, how many of each there are in all, rows and columns
-    of the tile (``rows_and_columns``), and the start of the masks of the batch (``mask_of``)."""
+    """Where a tile of scores lies: the head, the first query and key, how many of each there are in all, the first and the
+    end of the keys that exist (``existing_keys``), rows and columns of the tile (``rows_and_columns``), and the start of the
+    masks of the batch (``mask_of``)."""
 
     head: Any
     first_query: Any
     first_key: Any
     n_queries: Any
     n_keys: Any
+    key_begin: Any
+    key_end: Any
     rows: Any
     columns: Any
     mask: Any
@@ -117,6 +120,7 @@ def load_mask(mask, mask_start, tile):
     """A tile of a mask whose batch begins at ``mask_start``, zero outside; of one row where the mask has one."""
     start = mask_start + tl.cast(tile.head, tl.int64) * mask.head + tl.cast(tile.first_key, tl.int64) * mask.column
     offsets = tile.columns * mask.column
+    # Not up to the last key that exists: numbers from memory may be odd, and the entries would be loaded one by one.
     inside = tile.columns < tile.n_keys - tile.first_key
     if mask.row is not None:
         start += tl.cast(tile.first_query, tl.int64) * mask.row
@@ -129,7 +133,9 @@ def load_mask(mask, mask_start, tile):
 def scores(query, key, mask, settings, tile, BY_KEYS: tl.constexpr, PRECISION: tl.constexpr):
     """Scores of a tile in base 2, with the additive mask added and -inf where the row may not attend to the key."""
     s = product(query, key, None, BY_KEYS, PRECISION) * (settings.scale * LOG2E)
-    allowed = tile.columns < tile.n_keys - tile.first_key
+    allowed = tile.columns < tile.key_end - tile.first_key
+    if settings.key_ranges is not None:
+        allowed = allowed & (tile.columns >= tile.key_begin - tile.first_key)
     if mask.pointer is not None:
         values = load_mask(mask, tile.mask, tile)
         if is_additive(mask.pointer):

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from metafast.ops.attention.options import Options, Told
+from metafast.ops.attention.options import NO_LIMIT, Options, Told
 from metafast.ops.attention.triton import backward, backward_jvp, forward
 from metafast.ops.attention.triton.tiles import choices
 
@@ -32,7 +32,7 @@ def tune(dtypes: Iterable[torch.dtype], head_dims: Iterable[int], lengths: Itera
         for dtype in dtypes:
             for head_dim in head_dims:
                 for length in lengths:
-                    for right in (-1, 0):
+                    for right in (NO_LIMIT, 0):
                         _call_ops(dtype, head_dim, length, right)
     finally:
         if previous is None:
@@ -44,7 +44,7 @@ def tune(dtypes: Iterable[torch.dtype], head_dims: Iterable[int], lengths: Itera
 def _call_ops(dtype: torch.dtype, head_dim: int, length: int, right: int) -> None:
     heads = max(16, 16 * TOKENS // length)
     query, key, value, grad_out = (torch.randn(1, heads, length, head_dim, device="cuda").to(dtype) for _ in range(4))
-    told: Told = (None, None, Options(left=-1, right=right, dropout_p=0.0, scale=head_dim**-0.5))
+    told: Told = (None, None, None, Options(left=NO_LIMIT, right=right, dropout_p=0.0, scale=head_dim**-0.5))
     out, statistics = forward(query, key, value, *told)
     backward(grad_out, query, key, value, out, statistics, *told)
     backward_jvp(grad_out, query, key, value, out, statistics, query, key, value, None, None, *told)
