@@ -14,7 +14,7 @@ import torch
 from metafast.tasks import cldr
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-LANGUAGES = ("indonesian", "english", "javanese", "ngaju", "acehnese", "buginese", "toba_batak")
+LANGUAGES = ("indonesian", "english", "javanese", "sundanese", "ngaju", "acehnese", "buginese", "toba_batak")
 PARTS = ("train", "valid", "test")
 
 pytestmark = [
@@ -157,12 +157,12 @@ def test_low_resource_translation(example, tmp_path, generator):
     pytest.importorskip("sacrebleu")
     nusax_translation(tmp_path, generator)
     counts = ["--joint", "4", "--more", "2", "--meta", "2", "--sentences", "4", "--no-capture"]
-    sizes = {"WIDTH": 16, "LAYERS": 1, "BATCH": 4, "PAIRS": (4, 8), "META_SHOTS": 4, "VALIDATION_PAIRS": 8}
-    sizes |= {"WAYS": [("SGD 0.3", 1)], "FROM_SCRATCH": [("Adam 0.001", 2)]}
+    sizes = {"WIDTH": 16, "LAYERS": 1, "BATCH": 4, "PAIRS": (4, 8), "META_SHOTS": 4, "VALIDATION_SENTENCES": 2}
+    sizes |= {"WAYS": [("SGD 0.1", 1)], "FROM_SCRATCH": [("Adam 0.001", 2)]}
     lines = example("low_resource_translation", *counts, **sizes)
     assert lines[0] == "2 languages train, unseen: acehnese, buginese, toba_batak"
-    assert [line[:14].strip() for line in lines[3:6]] == ["from scratch", "fine-tuned", "MAML"]
-    assert all(0 <= value <= 100 for line in lines[3:6] for value in numbers(line[14:])[:6])
+    assert [line[:16].strip() for line in lines[3:7]] == ["source as it is", "from scratch", "fine-tuned", "MAML"]
+    assert all(0 <= value <= 100 for line in lines[4:7] for value in numbers(line[16:])[:6])
 
 
 def test_huggingface_models(example, tmp_path, generator):
