@@ -291,6 +291,25 @@ def load(options: argparse.Namespace) -> Split:
     return corpora.clinc150(folder) if options.data == "clinc150" else corpora.huffpost(folder, options.fold)
 
 
+def draw(tables: Mapping[str, Sequence[Row]], path: Path) -> None:
+    """Accuracies by row, a panel per table."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    size = (3.2 * len(tables) + 1.3, 3.2)
+    figure, panels = pyplot.subplots(1, len(tables), figsize=size, layout="constrained", sharey=True, squeeze=False)
+    for axes, (title, table) in zip(panels[0], tables.items(), strict=True):
+        rows = list(reversed(table))
+        axes.barh(
+            [row.name for row in rows], [row.after.mean for row in rows], xerr=[row.after.half_width for row in rows]
+        )
+        axes.set(title=title, xlabel="accuracy on new classes")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
 def main() -> None:
     """Prints the table of each encoder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -317,19 +336,25 @@ def main() -> None:
     parser.add_argument("--validation-episodes", type=int, default=40)
     parser.add_argument("--capture", action=argparse.BooleanOptionalAction, default=True, help="record meta-steps")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--figure", type=Path, help="file for a plot")
     parser.add_argument("--progress", action="store_true", help="show a bar per row")
     options = parser.parse_args()
 
     started = time.perf_counter()
     split = load(options)
     print(f"{options.data}, {options.ways} ways: {', '.join(str(len(part)) for part in split)} classes")
+    tables: dict[str, list[Row]] = {}
     for encoder in options.encoders:
         setting = from_scratch(split) if encoder == "scratch" else with_minilm(split, options)
         for shots in options.shots:
             title = f"{'from scratch' if encoder == 'scratch' else 'MiniLM'}, {shots} shots"
             print(f"\n{title:<22}{'unadapted':>18}{'adapted':>18}{'seconds':>9}")
+            tables[title] = []
             for name in options.algorithms:
-                print(row(name, setting, argparse.Namespace(**{**vars(options), "shots": shots})), flush=True)
+                tables[title].append(row(name, setting, argparse.Namespace(**{**vars(options), "shots": shots})))
+                print(tables[title][-1], flush=True)
+    if options.figure is not None:
+        draw(tables, options.figure)
     print(f"\nall of it: {time.perf_counter() - started:.0f} s")
 
 

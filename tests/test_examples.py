@@ -167,11 +167,13 @@ def test_few_shot_classification_prints_the_table(few_shot, tmp_path, generator,
     names = ["MAML", "MAML++", "ProtoNet", "pretrain, fine-tune"]
     options = ["--folder", str(tmp_path), "--encoders", "scratch", "--ways", "3", "--shots", "2", "--no-capture"]
     options += ["--iterations", "2", "--episodes", "4", "--validation-episodes", "4", "--algorithms", *names]
+    options += ["--figure", str(tmp_path / "figure.png")]
     monkeypatch.setattr(sys, "argv", ["few_shot_classification.py", *options])
     few_shot["main"]()
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "clinc150, 3 ways: 6, 3, 4 classes"
     assert [line[:22].strip() for line in lines if "±" in line] == names
+    assert (tmp_path / "figure.png").stat().st_size > 0
     assert all(line.split()[-1].isdigit() for line in lines if "±" in line)
 
 
