@@ -16,6 +16,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 # [text](path), of files alone: no images, nothing with a scheme.
 LINK = re.compile(r"(?<!!)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([\w./-]+\.\w+|[\w./-]+/)(#[^()\s]*)?\)")
+IMAGE = re.compile(r"!\[([^\]]*)\]\(([\w./-]+\.png)\)")
 FENCED = re.compile(r"(^[ ]*```.*?^[ ]*```[ ]*$)", re.MULTILINE | re.DOTALL)
 # :func:`name` of docstrings.
 ROLE = re.compile(r":(?:class|func|meth|data|mod|attr|exc):<code>([^<]*)</code>")
@@ -54,6 +55,8 @@ def generated_pages() -> list[Page]:
         pages.append(
             _page(f"extending/{folder}.md", path, path.read_text(), path.read_text().split("\n")[0][2:], "Extending")
         )
+    examples = ROOT / "examples" / "README.md"
+    pages.append(_page("howto/examples.md", examples, examples.read_text(), "Examples", "How to"))
     contributing = ROOT / "CONTRIBUTING.md"
     pages.append(
         _page("extending/contributing.md", contributing, contributing.read_text(), "Contributing", "Extending")
@@ -148,7 +151,12 @@ def for_the_site(markdown: str, uri: str) -> str:
             return text if text.strip("`") == path else f"{text} (`{path}`)"
         return f"[{text}]({posixpath.relpath(found, posixpath.dirname(uri) or '.')}{anchor})"
 
+    def image(match: re.Match[str]) -> str:
+        path = posixpath.normpath(posixpath.join(here, match[2])).removeprefix("docs/")
+        return f"![{match[1]}]({posixpath.relpath(path, posixpath.dirname(uri) or '.')})"
+
     parts = FENCED.split(markdown)
     return "".join(
-        NOTEST.sub(r"\1", part) if part.lstrip().startswith("```") else LINK.sub(link, part) for part in parts
+        NOTEST.sub(r"\1", part) if part.lstrip().startswith("```") else IMAGE.sub(image, LINK.sub(link, part))
+        for part in parts
     )

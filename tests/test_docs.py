@@ -196,9 +196,13 @@ def test_links_on_the_site():
     text = (
         "[one](../../metafast/ops/attention/README.md#a), [two](../huggingface.md), [`tests/x.py`](../../tests/x.py)\n"
     )
-    text += "```python notest: why it is so\nf[0](x.y)\n```\n"
+    text += "![bars](../figures/bars.png)\n```python notest: why it is so\nf[0](x.y)\n```\n"
     assert HOOKS.for_the_site(text, "howto/data.md") == (
-        "[one](../maths/ops/attention.md#a), [two](../huggingface.md), `tests/x.py`\n```python\nf[0](x.y)\n```\n"
+        "[one](../maths/ops/attention.md#a), [two](../huggingface.md), `tests/x.py`\n"
+        "![bars](../figures/bars.png)\n```python\nf[0](x.y)\n```\n"
+    )
+    assert (
+        HOOKS.for_the_site("![bars](../docs/figures/bars.png)", "howto/examples.md") == "![bars](../figures/bars.png)"
     )
 
 
