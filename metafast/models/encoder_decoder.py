@@ -18,9 +18,10 @@ class EncoderDecoder(nn.Module):
 
     With ``copies`` the next id is, with a probability that the model computes, one of the source's ids, drawn by an
     attention to them (See et al. 2017, arXiv:1704.04368, equations 4, 8 and 9): names and related languages are largely
-    copied. What is attended to also tells which id to write instead. The attention prefers, by a learned amount, what follows in the source the id that was written last, as CopyNet
-    does (Gu et al. 2016, arXiv:1603.06393, section 3.3), and by another one what is at about the same place of the source,
-    near the diagonal (Dyer et al. 2013, https://aclanthology.org/N13-1073, section 2).
+    copied. What is attended to also tells which id to write instead. The attention prefers, by a learned amount, what
+    follows in the source the id that was written last, as CopyNet does (Gu et al. 2016, arXiv:1603.06393, section 3.3), and
+    by another one what is at about the same place of the source, near the diagonal (Dyer et al. 2013,
+    https://aclanthology.org/N13-1073, section 2).
 
     Args:
         vocabulary: number of ids, of source and target; id 0 is padding.
@@ -170,8 +171,10 @@ class EncoderDecoder(nn.Module):
         keys: Tensor,
         real: Tensor,
     ) -> Tensor:
-        """``[n, target, vocabulary]`` from the decoder's states and ids, their places in the target, the source's ids and
-        states, and keys and mask for copying.
+        """``[n, target, vocabulary]``.
+
+        From the decoder's states and ids, their places in the target, the source's ids and states, and keys and mask for
+        copying.
         """
         if not self.copies:
             return self.head(states)
