@@ -12,6 +12,7 @@ from torch import Tensor
 
 import metafast
 from metafast.backend import extension
+from metafast.ops.attention.options import NO_LIMIT
 from metafast.program import Program
 from metafast.testing import AttentionCase
 
@@ -22,7 +23,10 @@ ops = torch.ops.metafast
 def attention(name: str) -> Callable[[torch.dtype, torch.Generator], tuple[Any, ...]]:
     def arguments(dtype: torch.dtype, generator: torch.Generator) -> tuple[Any, ...]:
         inputs = AttentionCase("", 5, 6, 4, mask="bias of heads").inputs(dtype, generator)
-        options = (inputs.options["attn_mask"][None], torch.tensor([3, -4]), 2, -1, 0.25, 0.5)
+        # One sequence's last key and the other's first do not exist.
+        columns = inputs.qkv[1].shape[-2]
+        ranges = torch.tensor([[0, columns - 1], [1, columns]])
+        options = (inputs.options["attn_mask"][None], torch.tensor([3, -4]), ranges, 2, NO_LIMIT, 0.25, 0.5)
         if name == "attention_forward":
             return *inputs.qkv, *options
         saved = (*inputs.qkv, *ops.attention_forward(*inputs.qkv, *options))
