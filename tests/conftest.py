@@ -15,6 +15,15 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+# Their tests take half a minute each, which one of two processes would do alone at the end.
+LONGEST = ("test_cuda_compile.py", "test_examples.py", "test_meta_fsdp.py", "test_fuzz.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests come first."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def few_objects() -> None:
     """Objects of packages and of tests before are not looked through again by the collector, nor by who asks it for all."""

@@ -20,6 +20,11 @@ def third(cases):
     return _part(cases, 3)
 
 
+def quarter(cases):
+    """A quarter of the cases, rounded up."""
+    return _part(cases, 4)
+
+
 def _part(cases, divisor):
     cases = list(cases)
     return some(cases, -(-len(cases) // divisor))

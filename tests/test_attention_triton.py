@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from some_cases import third
+from some_cases import quarter, third
 from torch import Tensor
 
 from metafast.ops.attention import reference
@@ -380,7 +380,7 @@ SHARED_CASES = [case for case in ATTENTION_CASES if CUDA or case.rows * case.col
 CANCELLING = ("one key", "one dimension", "causal padding", "scale", "keys with an offset", "dropout")
 
 
-@pytest.mark.parametrize("case", third(SHARED_CASES), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", quarter(SHARED_CASES), ids=lambda case: case.name)
 def test_shared_cases(case: AttentionCase) -> None:
     assert_close_to_exact(call_of_shared(case, torch.float32), dtype=torch.float32)
 
@@ -392,7 +392,7 @@ def test_shared_cases_on_more_draws(name: str) -> None:
     assert_close_to_exact(*draws, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("case", third(LAYOUT_CASES), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", quarter(LAYOUT_CASES), ids=lambda case: case.name)
 def test_layouts_and_masks(case: LayoutCase) -> None:
     assert_close_to_exact(call_of_layout(case, torch.float32), dtype=torch.float32)
 
