@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,6 +13,37 @@ from metafast.models.decoder import Cache, DecoderLayer, start_embeddings, throu
 from metafast.models.generation import search
 
 __all__ = ["EncoderDecoder"]
+
+
+class _Copying(NamedTuple):
+    """What of a source all ids of the target are copied by.
+
+    Attributes:
+        ids: ``[n, source]``.
+        keys: of the attention to them, ``[n, source, width]``.
+        before: the id before each, ``[n, source]``.
+        places: how many tokens are before each, ``[n, source]``.
+        same: which have the same id, bool ``[n, source, source]``.
+        is_first: which is the first token of its id, bool ``[n, source]``.
+    """
+
+    ids: Tensor
+    keys: Tensor
+    before: Tensor
+    places: Tensor
+    same: Tensor
+    is_first: Tensor
+
+
+class _Source(NamedTuple):
+    """An encoded source: where it has tokens, bool ``[n, source]``, states ``[n, source, width]``, and what is copied by.
+
+    Tensors alone, since search reorders them; nothing to copy by is an empty tuple.
+    """
+
+    real: Tensor
+    states: Tensor
+    copying: _Copying | tuple[()]
 
 
 class EncoderDecoder(nn.Module):
@@ -84,12 +117,12 @@ class EncoderDecoder(nn.Module):
         """
         if labels.dim() != 2 or labels.shape[1] > self.max_length:
             raise ValueError(f"labels: expected [n, length] with length <= {self.max_length}, got {list(labels.shape)}")
-        encoded, real = self._encode(input_ids, attention_mask)
+        source = self._encode(input_ids, attention_mask)
         # What follows the end of a text is not a label, and what is there does not matter.
         inputs = F.pad(labels.clamp(min=0)[:, :-1], (1, 0), value=self.start)
         positions = torch.arange(inputs.shape[1], device=inputs.device)
-        states, _ = self._decode(inputs, positions, None, None, encoded, real)
-        return self._logits(states, inputs, positions, input_ids, encoded, self._copy_keys(encoded), real)
+        states, _ = self._decode(inputs, positions, None, None, source)
+        return self._logits(states, inputs, positions, source)
 
     def generate(
         self,
@@ -116,23 +149,21 @@ class EncoderDecoder(nn.Module):
         most = self.max_length if max_new_tokens is None else max_new_tokens
         if most > self.max_length:
             raise ValueError(f"max_new_tokens: expected at most {self.max_length}, got {most}")
-        encoded, real = self._encode(input_ids, attention_mask)
-        source = (input_ids, real, encoded, self._copy_keys(encoded))
 
-        def step(ids: Tensor, cache: tuple[tuple[Tensor, ...], list[Cache] | None]) -> tuple[Tensor, object]:
-            (sources, real, encoded, keys), caches = cache
+        def step(ids: Tensor, cache: tuple[_Source, list[Cache] | None]) -> tuple[Tensor, object]:
+            source, caches = cache
             seen = 0 if caches is None else caches[0][0].shape[2]
             # One id follows what was seen, all of which it may attend to.
             mask = torch.ones(1, 1, 1, seen + 1, dtype=torch.bool, device=ids.device)
             positions = torch.tensor([seen], device=ids.device)
-            states, caches = self._decode(ids, positions, mask, caches, encoded, real)
-            logits = self._logits(states[:, -1:], ids[:, -1:], positions, sources, encoded, keys, real)[:, 0]
-            return logits, ((sources, real, encoded, keys), caches)
+            states, caches = self._decode(ids, positions, mask, caches, source)
+            logits = self._logits(states[:, -1:], ids[:, -1:], positions, source)[:, 0]
+            return logits, (source, caches)
 
         return search(
             step,
             input_ids.new_full((len(input_ids), 1), self.start),
-            (source, None),
+            (self._encode(input_ids, attention_mask), None),
             end=self.end,
             padding=PADDING,
             max_new_tokens=most,
@@ -140,60 +171,48 @@ class EncoderDecoder(nn.Module):
             length_penalty=length_penalty,
         )
 
-    def _encode(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _encode(self, input_ids: Tensor, attention_mask: Tensor | None) -> _Source:
         real = input_ids != PADDING if attention_mask is None else attention_mask != 0
-        return self.encoder(input_ids, real), real
+        states = self.encoder(input_ids, real)
+        if not self.copies:
+            return _Source(real, states, ())
+        same = input_ids[:, :, None] == input_ids[:, None, :]
+        copying = _Copying(
+            ids=input_ids,
+            keys=self.copy_key(states),
+            before=F.pad(input_ids[:, :-1], (1, 0), value=self.start),
+            # A padded source begins with its first id, wherever that is.
+            places=real.long().cumsum(1) - 1,
+            same=same,
+            is_first=real & ~(same & real[:, None, :] & torch.ones_like(same).tril(-1)).any(-1),
+        )
+        return _Source(real, states, copying)
 
     def _decode(
-        self,
-        ids: Tensor,
-        positions: Tensor,
-        mask: Tensor | None,
-        caches: list[Cache] | None,
-        encoded: Tensor,
-        real: Tensor,
+        self, ids: Tensor, positions: Tensor, mask: Tensor | None, caches: list[Cache] | None, source: _Source
     ) -> tuple[Tensor, list[Cache]]:
         x = self.tokens(ids) + self.positions(positions)
-        x, new = through(self.layers, x, mask, caches, encoded, real[:, None, None, :])
+        x, new = through(self.layers, x, mask, caches, source.states, source.real[:, None, None, :])
         return self.norm(x), new
 
-    def _copy_keys(self, encoded: Tensor) -> Tensor:
-        """Keys of the source's ids ``[n, source, width]``; without ``copies`` of width 0, since a cache holds tensors."""
-        return self.copy_key(encoded) if self.copies else encoded[..., :0]
-
-    def _logits(
-        self,
-        states: Tensor,
-        inputs: Tensor,
-        positions: Tensor,
-        source: Tensor,
-        encoded: Tensor,
-        keys: Tensor,
-        real: Tensor,
-    ) -> Tensor:
-        """``[n, target, vocabulary]``.
-
-        From the decoder's states and ids, their places in the target, the source's ids and states, and keys and mask for
-        copying.
-        """
-        if not self.copies:
+    def _logits(self, states: Tensor, inputs: Tensor, positions: Tensor, source: _Source) -> Tensor:
+        """``[n, target, vocabulary]`` from the decoder's states and ids, and their places in the target."""
+        copying = source.copying
+        if not isinstance(copying, _Copying):
             return self.head(states)
-        before = F.pad(source[:, :-1], (1, 0), value=self.start)
-        follows = (inputs[:, :, None] == before[:, None, :]).to(keys.dtype)
-        # A padded source begins with its first id, wherever that is.
-        places = real.long().cumsum(1) - 1
-        distances = (positions[:, None] - places[:, None, :]).abs().to(keys.dtype)
+        keys = copying.keys
+        follows = (inputs[:, :, None] == copying.before[:, None, :]).to(keys.dtype)
+        distances = (positions[:, None] - copying.places[:, None, :]).abs().to(keys.dtype)
         scores = self.copy_query(states) @ keys.transpose(1, 2) / keys.shape[-1] ** 0.5
         scores = scores + self.copy_following * follows - self.copy_distance * distances
-        weights = scores.masked_fill(~real[:, None, :], -1e4).softmax(-1)
-        states = states + self.copy_value(weights @ encoded)
+        weights = scores.masked_fill(~source.real[:, None, :], -1e4).softmax(-1)
+        states = states + self.copy_value(weights @ source.states)
         logits = self.head(states)
         # Every id's share of the attention, at the places of the source, and what it adds to the id's logit. The sum of
         # both ways' probabilities is taken there alone: elsewhere nothing is copied.
-        same = source[:, :, None] == source[:, None, :]
-        shares = (weights @ same.to(weights.dtype)).clamp(min=1e-9).log()
-        written = logits.gather(2, source[:, None, :].expand_as(weights))
+        shares = (weights @ copying.same.to(weights.dtype)).clamp(min=1e-9).log()
+        at = copying.ids[:, None, :].expand_as(weights)
+        written = logits.gather(2, at)
         copied = self.copy_gate(states) + logits.logsumexp(-1, keepdim=True) + shares
-        is_first = real & ~(same & real[:, None, :] & torch.ones_like(same).tril(-1)).any(-1)
-        added = (torch.logaddexp(written, copied) - written) * is_first[:, None, :]
-        return logits.scatter_add(2, source[:, None, :].expand_as(weights), added)
+        added = (torch.logaddexp(written, copied) - written) * copying.is_first[:, None, :]
+        return logits.scatter_add(2, at, added)

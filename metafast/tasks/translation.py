@@ -58,10 +58,7 @@ class Translation(Tasks):
         least = shots if queries_from is not None else shots + queries
         checked = check_pairs("pairs", pairs, least)
         self.languages = tuple(checked)
-        self.padding = {
-            "input_ids": padding_id(tokenizer),
-            "labels": NO_LABEL,
-        }
+        self.padding = {"input_ids": padding_id(tokenizer), "labels": NO_LABEL}
         self._bytewise = tokenizer is None
         self._pairs = {name: self._encoded(of, tokenizer, max_length) for name, of in checked.items()}
         self._others = None
