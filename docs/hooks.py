@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
-# [text](path), of files alone: no images, nothing with a scheme.
-LINK = re.compile(r"(?<!!)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([\w./-]+\.\w+|[\w./-]+/)(#[^()\s]*)?\)")
-IMAGE = re.compile(r"!\[([^\]]*)\]\(([\w./-]+\.png)\)")
+# [text](path) and ![text](path), of files alone: nothing with a scheme.
+LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([\w./-]+\.\w+|[\w./-]+/)(#[^()\s]*)?\)")
 FENCED = re.compile(r"(^[ ]*```.*?^[ ]*```[ ]*$)", re.MULTILINE | re.DOTALL)
 # :func:`name` of docstrings.
 ROLE = re.compile(r":(?:class|func|meth|data|mod|attr|exc):<code>([^<]*)</code>")
@@ -141,22 +140,19 @@ def for_the_site(markdown: str, uri: str) -> str:
     here = posixpath.dirname(sources.get(uri, f"docs/{uri}"))
 
     def link(match: re.Match[str]) -> str:
-        text, target, anchor = match[1], match[2], match[3] or ""
+        image, text, target, anchor = match[1], match[2], match[3], match[4] or ""
         path = posixpath.normpath(posixpath.join(here, target))
         if path in generated:
             found = generated[path]
         elif path.startswith("docs/"):
             found = path.removeprefix("docs/")
+        elif image:
+            return match[0]
         else:
             return text if text.strip("`") == path else f"{text} (`{path}`)"
-        return f"[{text}]({posixpath.relpath(found, posixpath.dirname(uri) or '.')}{anchor})"
-
-    def image(match: re.Match[str]) -> str:
-        path = posixpath.normpath(posixpath.join(here, match[2])).removeprefix("docs/")
-        return f"![{match[1]}]({posixpath.relpath(path, posixpath.dirname(uri) or '.')})"
+        return f"{image}[{text}]({posixpath.relpath(found, posixpath.dirname(uri) or '.')}{anchor})"
 
     parts = FENCED.split(markdown)
     return "".join(
-        NOTEST.sub(r"\1", part) if part.lstrip().startswith("```") else IMAGE.sub(image, LINK.sub(link, part))
-        for part in parts
+        NOTEST.sub(r"\1", part) if part.lstrip().startswith("```") else LINK.sub(link, part) for part in parts
     )
